@@ -1,0 +1,27 @@
+// The one way to launch a kernel. The CPU emulation of the execution model replaces it, so that
+// the kernels themselves stay plain CUDA C++ without <<<>>>.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace metro::cuda {
+
+constexpr int kWarp = 32;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+#ifndef METRO_EMULATE_CUDA
+// Launches on `stream` and returns the launch's error; an empty grid is a success.
+template <typename... Params, typename... Args>
+cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
+                   void* stream, Args&&... args) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
+  kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(
+      static_cast<Args&&>(args)...);
+  return cudaGetLastError();
+}
+#endif
+
+}  // namespace metro::cuda

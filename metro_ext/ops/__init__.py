@@ -1,0 +1,16 @@
+"""The operators: typed wrappers over ``torch.ops.metro.*``, a module per family.
+
+Importing this package loads the compiled module ``metro_ext._C`` and registers, for every operator,
+its fake kernel (shapes and dtypes, for ``torch.compile``) and its autograd formula.
+
+Everywhere: T tokens of a packed batch, H hidden size, V vocabulary, N masked positions, S
+sequences. Activations and matrices are float32 or bfloat16 (float16 too on CUDA); vectors of
+parameters and statistics are float32; arithmetic is float32.
+"""
+
+import torch  # noqa: F401  (the binary resolves libtorch through the process that imported torch)
+
+from metro_ext import _C
+from metro_ext.ops.gelu import bias_gelu
+
+__all__ = ["_C", "bias_gelu"]
