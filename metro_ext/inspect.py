@@ -1,0 +1,90 @@
+"""What a trained model thinks of a sentence: ``python -m metro_ext.inspect RUN "some sentence"``.
+
+For every token, the main model's probability that it was replaced; for each ``[MASK]``, the
+language model's best guesses.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from metro_ext.command_line import run
+from metro_ext.errors import UserError
+from metro_ext.ops import rtd_head
+from metro_ext.pretrained import Pretrained, load
+
+BAR_WIDTH = 20
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """pieces: the sentence's tokens; replaced: probability of each to be a replacement (None
+    without an RTD head); guesses: for each [MASK], by its index, (piece, probability) pairs."""
+
+    pieces: list[str]
+    replaced: list[float] | None
+    guesses: dict[int, list[tuple[str, float]]]
+
+
+@torch.no_grad()
+def inspect(pretrained: Pretrained, sentence: str, count: int = 5) -> Inspection:
+    """Runs both networks on one sentence, in which "[MASK]" stands for a hidden token."""
+    model, tokenizer = pretrained.model, pretrained.tokenizer
+    packed = pretrained.encode(sentence, allow_mask=True)
+    ids = packed.tokens.tolist()
+    if len(ids) == 2:
+        raise UserError("expected a sentence with at least one token, found none")
+    masks = [i for i, token in enumerate(ids) if token == tokenizer.mask_id]
+    guesses = {}
+    encoder = model.auxiliary or model.main
+    head = model.auxiliary_head or model.main_head
+    if masks:
+        hidden = head.transform(encoder(packed.tokens, packed.packing, torch.float32)[masks])
+        logits = F.linear(hidden, encoder.embeddings.token, head.bias)
+        logits[:, list(tokenizer.special_ids)] = -torch.inf
+        best = logits.softmax(-1).topk(min(count, tokenizer.vocab_size - 5))
+        for row, index in enumerate(masks):
+            pieces = tokenizer.pieces(best.indices[row].tolist())
+            guesses[index - 1] = list(zip(pieces, best.values[row].tolist(), strict=True))
+    replaced = None
+    if model.rtd_head is not None:
+        hidden = model.rtd_head.transform(model.main(packed.tokens, packed.packing, torch.float32))
+        labels = torch.zeros(len(ids), dtype=torch.uint8)
+        _, logit, _ = rtd_head(hidden, model.rtd_head.weight, model.rtd_head.bias, labels)
+        replaced = logit.sigmoid().tolist()[1:-1]
+    return Inspection(tokenizer.pieces(ids[1:-1]), replaced, guesses)
+
+
+def render(result: Inspection) -> str:
+    """The inspection as lines of text."""
+    lines = []
+    width = max(len(piece) for piece in result.pieces)
+    for index, piece in enumerate(result.pieces):
+        line = f"{piece:<{width}}"
+        if result.replaced is not None:
+            p = result.replaced[index]
+            line += f"  replaced {p:6.1%}  {'█' * round(p * BAR_WIDTH):<{BAR_WIDTH}}"
+        if index in result.guesses:
+            guessed = ", ".join(f"{word} {p:.1%}" for word, p in result.guesses[index])
+            line += f"  guesses: {guessed}"
+        lines.append(line.rstrip())
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m metro_ext.inspect",
+        description="Each token's probability of being replaced, and guesses for [MASK].",
+    )
+    parser.add_argument("run", help="folder of a run")
+    parser.add_argument("sentence", help='text; "[MASK]" stands for a hidden token')
+    parser.add_argument("--guesses", type=int, default=5, help="guesses for each [MASK]")
+    arguments = parser.parse_args(argv)
+    print(render(inspect(load(arguments.run), arguments.sentence, arguments.guesses)))
+
+
+if __name__ == "__main__":
+    run(main)

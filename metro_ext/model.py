@@ -1,0 +1,269 @@
+"""The two encoders of METRO and their heads.
+
+One encoder is post-LayerNorm with learned absolute positions and T5-style relative position
+buckets, one table a network, shared by its layers: the architecture of MPNet, so that the main
+encoder exports as a stock ``MPNetModel``. Both encoders run on packed sequences: hidden states are
+[T, H] for the T tokens of a batch, ``cu_seqlens`` says where sequences begin, and nothing is
+computed on padding between them.
+
+Parameters are float32; ``dtype`` is what the matrix products and activations use. Dropout draws
+from the seed it is given: the same (seed, draw) gives the same mask wherever it runs.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metro_ext.config_schema import ModelConfig
+from metro_ext.ops import attention, bias_gelu, layer_norm, relative_bias
+
+PAD_ID = 1  # fixed by MPNet, as is the first position
+FIRST_POSITION = 2
+# Each layer draws three times (attention, two residual dropouts); the encoders' draws lie apart.
+DRAWS_PER_LAYER = 3
+AUXILIARY_DRAWS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where the sequences of a batch lie, and what its random draws depend on.
+
+    positions: int64 [T], position in the sequence + 2; 1 at padding.
+    cu_seqlens: int32 [S + 1], first token of each sequence and T; repeats are empty sequences.
+    max_seqlen: no sequence is longer.
+    seed: int64 [], the key of every draw in this batch.
+    """
+
+    positions: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+    seed: Tensor
+
+
+class LayerNorm(nn.Module):
+    """Weight and shift of a fused ``metro.layer_norm``."""
+
+    def __init__(self, hidden: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden))
+        self.bias = nn.Parameter(torch.zeros(hidden))
+        self.eps = eps
+
+    def forward(self, x: Tensor, **fused) -> Tensor:
+        return layer_norm(x, self.weight, self.bias, eps=self.eps, **fused)
+
+
+class Embeddings(nn.Module):
+    """LayerNorm(token + position): [T] ids -> [T, H]."""
+
+    def __init__(self, config: ModelConfig, share: "Embeddings | None" = None):
+        super().__init__()
+        share_all = share is not None and config.share_embeddings == "all"
+        share_token = share is not None and config.share_embeddings != "none"
+        positions = config.sequence_length + FIRST_POSITION
+        self.token = (
+            share.token
+            if share_token
+            else nn.Parameter(torch.empty(config.vocab_size, config.hidden))
+        )
+        self.position = (
+            share.position if share_all else nn.Parameter(torch.empty(positions, config.hidden))
+        )
+        self.norm = share.norm if share_all else LayerNorm(config.hidden, config.layer_norm_eps)
+
+    def forward(self, tokens: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
+        embedded = F.embedding(tokens, self.token).to(dtype)
+        return self.norm(embedded, residual=F.embedding(positions, self.position).to(dtype))
+
+
+class Layer(nn.Module):
+    """One post-LayerNorm block: attention, then the feed-forward network."""
+
+    def __init__(self, config: ModelConfig, dropout: float, draw: int):
+        super().__init__()
+        hidden, ffn = config.hidden, config.ffn
+        self.heads, self.dropout, self.draw = config.heads, dropout, draw
+        self.qkv = nn.Linear(hidden, 3 * hidden)
+        self.attention_out = nn.Linear(hidden, hidden)
+        self.attention_norm = LayerNorm(hidden, config.layer_norm_eps)
+        self.ffn_in = nn.Linear(hidden, ffn)
+        self.ffn_out = nn.Linear(ffn, hidden)
+        self.ffn_norm = LayerNorm(hidden, config.layer_norm_eps)
+
+    def forward(self, x: Tensor, packing: Packing, bias: Tensor, training: bool) -> Tensor:
+        """x [T, H] -> [T, H]; bias float32 [heads, 2 L - 1]."""
+        p = self.dropout if training else 0.0
+        seed = packing.seed if p > 0 else None
+        tokens, hidden = x.shape
+        qkv = F.linear(x, self.qkv.weight.to(x.dtype), self.qkv.bias.to(x.dtype))
+        mixed = attention(
+            qkv.view(tokens, 3, self.heads, hidden // self.heads),
+            packing.cu_seqlens,
+            packing.max_seqlen,
+            bias=bias,
+            seed=seed,
+            p=p,
+            draw=self.draw,
+        ).view(tokens, hidden)
+        x = self.attention_norm(
+            _product(mixed, self.attention_out),
+            bias=self.attention_out.bias,
+            residual=x,
+            seed=seed,
+            p=p,
+            draw=self.draw + 1,
+        )
+        inner = bias_gelu(_product(x, self.ffn_in), self.ffn_in.bias)
+        return self.ffn_norm(
+            _product(inner, self.ffn_out),
+            bias=self.ffn_out.bias,
+            residual=x,
+            seed=seed,
+            p=p,
+            draw=self.draw + 2,
+        )
+
+
+def _product(x: Tensor, linear: nn.Linear) -> Tensor:
+    """The matrix product alone: the bias is added by the fused operator that follows."""
+    return F.linear(x, linear.weight.to(x.dtype))
+
+
+class Encoder(nn.Module):
+    """Embeddings, layers and the relative bias of one network: [T] ids -> [T, H]."""
+
+    def __init__(
+        self, config: ModelConfig, layers: int, dropout: float, draw: int, share: Embeddings | None
+    ):
+        super().__init__()
+        self.config = config
+        self.embeddings = Embeddings(config, share)
+        self.relative_bias = nn.Parameter(torch.empty(config.relative_buckets, config.heads))
+        self.layers = nn.ModuleList(
+            Layer(config, dropout, draw + DRAWS_PER_LAYER * i) for i in range(layers)
+        )
+
+    def forward(self, tokens: Tensor, packing: Packing, dtype: torch.dtype) -> Tensor:
+        x = self.embeddings(tokens, packing.positions, dtype)
+        bias = relative_bias(
+            self.relative_bias, packing.max_seqlen, self.config.relative_max_distance
+        )
+        for layer in self.layers:
+            x = layer(x, packing, bias, self.training)
+        return x
+
+
+class Transform(nn.Module):
+    """LayerNorm(GELU(dense)): what stands before every head."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden, config.hidden)
+        self.norm = LayerNorm(config.hidden, config.layer_norm_eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(bias_gelu(_product(x, self.dense), self.dense.bias))
+
+
+class LanguageModelHead(nn.Module):
+    """Transform and the bias of a vocabulary projection whose matrix is the token table."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.transform = Transform(config)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+
+class ReplacedTokenHead(nn.Module):
+    """Transform and a projection to one logit, which starts at zero."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.transform = Transform(config)
+        self.weight = nn.Parameter(torch.zeros(config.hidden))
+        self.bias = nn.Parameter(torch.zeros(1))
+
+
+class PretrainingModel(nn.Module):
+    """The networks that an objective needs.
+
+    auxiliary, auxiliary_head: the generator (None for ``mlm``).
+    main: the encoder that the run is for.
+    rtd_head: replaced token detection (None for ``mlm`` and ``clm-all``).
+    main_head: vocabulary head of the main encoder (None for ``electra``).
+
+    Args:
+        config: ``vocab_size`` must be set.
+        objective: ``metro``, ``electra``, ``clm-all`` or ``mlm``.
+        seed: of the initialisation.
+    """
+
+    def __init__(self, config: ModelConfig, objective: str, seed: int):
+        super().__init__()
+        if config.vocab_size < 1:
+            raise ValueError("PretrainingModel: config.vocab_size must be set")
+        self.config, self.objective = config, objective
+        self.main = Encoder(config, config.layers, config.dropout, 0, None)
+        self.auxiliary = self.auxiliary_head = self.rtd_head = self.main_head = None
+        if objective != "mlm":
+            self.auxiliary = Encoder(
+                config, config.aux_layers, config.aux_dropout, AUXILIARY_DRAWS, self.main.embeddings
+            )
+            self.auxiliary_head = LanguageModelHead(config)
+        if objective in ("metro", "electra"):
+            self.rtd_head = ReplacedTokenHead(config)
+        if objective != "electra":
+            self.main_head = LanguageModelHead(config)
+        initialise(self, seed)
+
+
+@torch.no_grad()
+def initialise(model: PretrainingModel, seed: int) -> None:
+    """Normal(0, init_std) matrices, zero biases, the relative bias as configured.
+
+    Every parameter is drawn from a generator of its own, keyed by (seed, its name), so that the
+    networks that two objectives share start alike.
+    """
+    config = model.config
+    for name, parameter in model.named_parameters():
+        if parameter.dim() != 2:
+            continue
+        generator = torch.Generator().manual_seed(_name_seed(seed, name))
+        if name.endswith("relative_bias"):
+            parameter.copy_(relative_bias_start(config))
+            continue
+        std = config.init_std
+        if config.depth_scaled_init and name.endswith(("attention_out.weight", "ffn_out.weight")):
+            depth = config.aux_layers if name.startswith("auxiliary") else config.layers
+            std /= math.sqrt(2 * depth)
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+        if name.endswith(("embeddings.token", "embeddings.position")):
+            parameter[PAD_ID] = 0
+
+
+def _name_seed(seed: int, name: str) -> int:
+    """FNV-1a of the name, mixed with the seed: 63 bits."""
+    value = 0xCBF29CE484222325 ^ seed
+    for byte in name.encode():
+        value = (value ^ byte) * 0x100000001B3 % 2**64
+    return value >> 1
+
+
+def relative_bias_start(config: ModelConfig) -> Tensor:
+    """The table [buckets, heads] that training starts from.
+
+    ``local`` is a prior that ends the long plateau of small models at the unigram distribution:
+    minus slope × bucket distance. The slopes fall geometrically from 1 over three quarters of the
+    heads; the others start flat.
+    """
+    table = torch.zeros(config.relative_buckets, config.heads)
+    if config.relative_bias_init == "local":
+        local_heads = math.ceil(0.75 * config.heads)
+        distance = torch.arange(config.relative_buckets) % (config.relative_buckets // 2)
+        for head in range(local_heads):
+            slope = 0.5 ** (head * 2 / max(local_heads, 2))
+            table[:, head] = -slope * distance
+    return table
