@@ -96,7 +96,7 @@ def roc_auc(scores: np.ndarray, labels: np.ndarray) -> float | None:
     negative = labels.size - positive
     if positive == 0 or negative == 0:
         return None
-    values, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
     last_rank = np.cumsum(counts)
     mean_rank = last_rank - (counts - 1) / 2
     rank_sum = mean_rank[inverse][labels == 1].sum()

@@ -6,6 +6,7 @@ bit for bit the unbroken one.
 """
 
 import argparse
+import itertools
 import math
 import sys
 from collections.abc import Sequence
@@ -175,7 +176,7 @@ class Trainer:
             self.config.run.tokens_per_batch,
             self.config.model.sequence_length,
         )
-        limited = (batch for _, batch in zip(range(self.config.run.eval_batches), batches))
+        limited = itertools.islice(batches, self.config.run.eval_batches)
         return evaluate(self.model, self.objective, limited, self.device, self.unigram_nats)
 
     def save(self) -> None:
