@@ -123,7 +123,7 @@ class _HashedFile:
     """A new file whose checksum is known when its last byte is written."""
 
     def __init__(self, path: Path):
-        self._file = open(path, "xb")  # noqa: SIM115: open from call to call
+        self._file = open(path, "xb")  # noqa: SIM115 (stays open between calls)
         self._hash = hashlib.sha256()
 
     def write(self, array: np.ndarray) -> None:

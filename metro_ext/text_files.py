@@ -106,7 +106,7 @@ def _empty(path: Path) -> UserError:
 
 def _read_text(stream: BinaryIO, path: Path) -> Iterator[Paragraph]:
     starts_document = True
-    for line, text, whole in _read_lines(stream, path):
+    for text, whole in _read_lines(stream, path):
         if text and not text.isspace():
             yield Paragraph(text, starts_document)
             starts_document = False
@@ -114,8 +114,8 @@ def _read_text(stream: BinaryIO, path: Path) -> Iterator[Paragraph]:
             starts_document = True
 
 
-def _read_lines(stream: BinaryIO, path: Path) -> Iterator[tuple[int, str, bool]]:
-    """Lines as (number, text, whether this is the whole line), those too long in several pieces."""
+def _read_lines(stream: BinaryIO, path: Path) -> Iterator[tuple[str, bool]]:
+    """Lines as (text, whether this is the whole line), those too long in several pieces."""
     line, offset, rest, starts_line = 1, 0, b"", True
     while True:
         raw = rest + stream.readline(PARAGRAPH_BYTES - len(rest))
@@ -124,7 +124,7 @@ def _read_lines(stream: BinaryIO, path: Path) -> Iterator[tuple[int, str, bool]]
         ends_line = raw.endswith(b"\n") or len(raw) < PARAGRAPH_BYTES
         cut = len(raw) if ends_line else _cut_before(raw)
         text = _decode(raw[:cut], path, line, offset)
-        yield line, text.rstrip("\r\n"), starts_line and ends_line
+        yield text.rstrip("\r\n"), starts_line and ends_line
         offset += cut
         rest = raw[cut:]
         starts_line = ends_line
