@@ -101,10 +101,6 @@ class ParameterCount:
         return self.embeddings + self.aux + self.main + self.heads
 
 
-def _has_auxiliary(objective: ObjectiveConfig) -> bool:
-    return objective.name != "mlm"
-
-
 def _vocabulary(model: ModelConfig) -> int:
     if model.vocab_size < 1:
         raise UserError("model.vocab_size must be known to size the model, found 0 (tokenizer's)")
@@ -114,9 +110,11 @@ def _vocabulary(model: ModelConfig) -> int:
 def parameter_count(model: ModelConfig, objective: ObjectiveConfig) -> ParameterCount:
     """Exact number of trained parameters.
 
-    Head bodies are dense H x H with bias and LayerNorm. A vocabulary head projects with the token
-    table of its own encoder and adds a bias [V]; the RTD head ends in one logit. `mlm` trains the
-    main encoder alone, with one vocabulary head.
+    Before every head stands a dense H x H with bias and a LayerNorm. A vocabulary head projects
+    with the token table of its own encoder and adds a bias [V]; the RTD head ends in one logit.
+    The objectives differ in what they train: `mlm` the main encoder alone, with a vocabulary head;
+    the others both encoders, the auxiliary one with a vocabulary head, the main one with an RTD
+    head (`metro`, `electra`) and a vocabulary head (`metro`, `clm-all`).
     """
     hidden, vocab = model.hidden, _vocabulary(model)
     norm = 2 * hidden
@@ -134,15 +132,15 @@ def parameter_count(model: ModelConfig, objective: ObjectiveConfig) -> Parameter
     vocab_head = body + vocab
     rtd_head = body + hidden + 1
 
-    if not _has_auxiliary(objective):
+    if objective.name == "mlm":
         return ParameterCount(one_embedding, 0, main, vocab_head, one_embedding + main)
     shared = {"none": 0, "token": token, "all": one_embedding}[model.share_embeddings]
-    corrective = 0 if objective.name == "electra" else vocab_head
+    main_heads = {"metro": rtd_head + vocab_head, "electra": rtd_head, "clm-all": vocab_head}
     return ParameterCount(
         embeddings=2 * one_embedding - shared,
         aux=model.aux_layers * layer + bias_table,
         main=main,
-        heads=vocab_head + rtd_head + corrective,
+        heads=vocab_head + main_heads[objective.name],
         main_model=one_embedding + main,
     )
 
@@ -154,7 +152,7 @@ def flops_per_token(
 
     Counts what is useful work in matrix products: linear layers, attention (scores and weighted
     values, over sequences of `sequence_length` tokens; by default the longest), vocabulary heads
-    on the predicted rows alone (all rows for the corrective head of `clm-all`). A multiply-add is
+    on the masked rows alone (all rows for the main model's head in `clm-all`). A multiply-add is
     two operations; backward is twice the forward. Recomputation does not count.
     """
     hidden, vocab = model.hidden, _vocabulary(model)
@@ -163,12 +161,15 @@ def flops_per_token(
     attention = 2 * 2 * length * hidden
     dense = 2 * hidden * hidden
     vocab_head = dense + 2 * hidden * vocab
-    if not _has_auxiliary(objective):
-        layers = model.layers
-        heads = objective.mask_fraction * vocab_head
-    else:
-        layers = model.layers + model.aux_layers
-        corrective_rows = {"metro": objective.mask_fraction, "clm-all": 1.0, "electra": 0.0}
-        rows = objective.mask_fraction + corrective_rows[objective.name]
-        heads = rows * vocab_head + dense + 2 * hidden
+    rtd_head = dense + 2 * hidden
+    masked = objective.mask_fraction
+    if objective.name == "mlm":
+        return 3.0 * (model.layers * (linear + attention) + masked * vocab_head)
+    main_heads = {
+        "metro": rtd_head + masked * vocab_head,
+        "electra": rtd_head,
+        "clm-all": vocab_head,
+    }
+    layers = model.layers + model.aux_layers
+    heads = masked * vocab_head + main_heads[objective.name]
     return 3.0 * (layers * (linear + attention) + heads)

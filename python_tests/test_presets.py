@@ -104,7 +104,8 @@ class Whole(nn.Module):
             return
         self.aux_embed = Embedding(config, self.embed, config.share_embeddings)
         self.aux = Encoder(config, config.aux_layers)
-        self.rtd = nn.Sequential(body(h), nn.Linear(h, 1))
+        if name != "clm-all":
+            self.rtd = nn.Sequential(body(h), nn.Linear(h, 1))
         if name != "electra":
             self.clm, self.clm_bias = body(h), nn.Parameter(torch.zeros(v))
 
@@ -115,7 +116,8 @@ class Whole(nn.Module):
             return (self.mlm(main[:rows]) @ self.embed.token.weight.T + self.mlm_bias).sum()
         aux = self.aux(self.aux_embed(ids)).flatten(0, 1)[:rows]
         loss = (self.mlm(aux) @ self.aux_embed.token.weight.T + self.mlm_bias).sum()
-        loss = loss + self.rtd(main).sum()
+        if self.name != "clm-all":
+            loss = loss + self.rtd(main).sum()
         if self.name != "electra":
             picked = main if self.name == "clm-all" else main[:rows]
             loss = loss + (self.clm(picked) @ self.embed.token.weight.T + self.clm_bias).sum()
