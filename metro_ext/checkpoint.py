@@ -71,6 +71,7 @@ def save_checkpoint(
     unfinished, replaced = _renamed(final, _UNFINISHED), _renamed(final, _REPLACED)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        _sync(folder.parent)
         clean_leftovers(folder)
         unfinished.mkdir()
         save_file({k: v.detach().contiguous() for k, v in tensors.items()}, unfinished / _TENSORS)
@@ -279,6 +280,8 @@ def _verified(path: Path) -> dict[str, Any]:
             raise _Damaged(f"the checksum of {_STATE} does not hold")
         if document.get("format") != _FORMAT:
             raise _Damaged(f"expected '{_FORMAT}', found '{document.get('format')}'")
+        if document.keys() != {"format", "step", "tensors_sha256", "state", "sha256"}:
+            raise _Damaged(f"the keys of {_STATE} are not those of a checkpoint")
         if document["step"] != int(path.name.removeprefix("step-")):
             raise _Damaged(f"{_STATE} is that of step {document['step']}")
         if sha256_file(path / _TENSORS) != document["tensors_sha256"]:

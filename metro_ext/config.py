@@ -183,7 +183,7 @@ def _unknown_key(key: str) -> UserError:
         nearest = f"{section}.{_nearest(name, inside)}"
     else:
         nearest = _nearest(key, {known: known for known in ("preset", *SECTIONS, *FIELDS)})
-    return UserError(f"unknown key '{key}'; did you mean '{nearest}'?")
+    return UserError(f"unknown key {key!r}; did you mean '{nearest}'?")
 
 
 def _flat_table(table: Mapping[str, Any]) -> dict[str, Any]:
@@ -216,6 +216,8 @@ def _read_toml(path: Path) -> dict[str, Any]:
         ) from None
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{path} must be a TOML file: {error}") from None
+    except RecursionError:
+        raise UserError(f"{path} must be a TOML file, found values nested too deep") from None
     try:
         return _flat_table(table)
     except UserError as error:
@@ -257,7 +259,7 @@ def _parse(key: str, text: str) -> Any:
         if text.startswith("["):
             try:
                 return tomllib.loads(f"value = {text}")["value"]
-            except tomllib.TOMLDecodeError:
+            except (tomllib.TOMLDecodeError, RecursionError):
                 return text
         return [part for part in text.split(",") if part]
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 import typing
 from dataclasses import dataclass, field
 from typing import Any
@@ -223,13 +224,15 @@ _TYPE_NAMES = {
 def checked(key: str, value: Any) -> Any:
     """The value in its field's type; UserError unless type, bounds and choices hold."""
     expected, rules = TYPES[key], FIELDS[key].metadata
-    if expected is float and type(value) is int:
+    if expected is float and type(value) is int and abs(value) <= sys.float_info.max:
         value = float(value)
     if expected == tuple[str, ...]:
         fits = isinstance(value, list | tuple) and all(type(item) is str for item in value)
         value = tuple(value) if fits else value
     else:
         fits = type(value) is expected
+    if fits and expected in (str, tuple[str, ...]) and not _is_unicode("".join(value)):
+        raise UserError(f"{key} must be text in UTF-8, found {value!r}")
     if not fits or (expected is float and not math.isfinite(value)):
         raise UserError(f"{key} must be {_TYPE_NAMES[expected]}, found {value!r}")
     if "choices" in rules and value not in rules["choices"]:
@@ -243,3 +246,12 @@ def checked(key: str, value: Any) -> Any:
         if rule in rules and not holds(rules[rule]):
             raise UserError(f"{key} must be {words} {rules[rule]}, found {value}")
     return value
+
+
+def _is_unicode(text: str) -> bool:
+    """False where an argument's bytes were no UTF-8: no configuration file could hold it."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

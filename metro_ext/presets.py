@@ -55,7 +55,7 @@ _XL = _shape(48, 1536, 24, aux_layers=8, depth_scaled_init=True)
 _XXL = _shape(64, 2560, 40, aux_layers=8, depth_scaled_init=True)
 
 PRESETS: dict[str, Settings] = {
-    # Two minutes on two CPU cores.
+    # The default run: sized for two CPU cores.
     "tiny": {
         "model": _shape(2, 128, 2, 2, sequence_length=128, relative_bias_init="local"),
         "optim": {"lr": 1e-3, "warmup_steps": 100, "weight_decay": 0.01, "clip_norm": 2.0},

@@ -136,6 +136,20 @@ def test_missing_and_foreign_files_are_found(folder):
     assert latest_valid(folder).step == 100
 
 
+def test_a_forged_state_is_damage_not_a_crash(folder):
+    """The checksum of state.json holds, but it is not what a save writes."""
+    path = folder / "step-00000300" / FILES[1]
+    document = json.loads(path.read_text())
+    for key in ("step", "state", "tensors_sha256", "format"):
+        for other in (None, [], {"a": 1}):
+            path.write_bytes(checkpoint._encode({**document, key: other, "extra": 0}))
+            assert latest_valid(folder).step == 200
+        path.write_bytes(checkpoint._encode({k: v for k, v in document.items() if k != key}))
+        assert latest_valid(folder).step == 200
+    path.write_bytes(checkpoint._encode(document))
+    assert latest_valid(folder).step == 300
+
+
 @pytest.mark.parametrize("text", ["[]", "{}", "null", "[" * 100_000, '{"step": 1, "step": 1}', ""])
 def test_foreign_json_is_damage_not_a_crash(folder, text):
     (folder / "step-00000300" / FILES[1]).write_text(text)

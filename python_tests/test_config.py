@@ -4,6 +4,8 @@ import dataclasses
 import json
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from metro_ext.config import (
     Config,
@@ -139,6 +141,8 @@ def test_shortcuts_and_forms():
         (["--run.tokens_per_batch=100"], ["run.tokens_per_batch", "128", "100"]),
         (["--data.train=[1, 2]"], ["data.train", "list of strings", "[1, 2]"]),
         (["--data.train=[oops"], ["data.train", "list of strings", "[oops"]),
+        (["--run", "caf\udce9"], ["run.dir", "UTF-8"]),
+        (["--data.train", "a,\udce9"], ["data.train", "UTF-8"]),
         (["train.txt"], ["--section.key=value", "'train.txt'"]),
     ],
 )
@@ -161,6 +165,8 @@ def test_mistakes_on_the_command_line(argv, parts):
         ('[data]\ntrain = "a.txt"', ["data.train", "a list of strings", "'a.txt'"]),
         ("preset = 4", ["preset must be a string", "4"]),
         ("[run\n", ["must be a TOML file"]),
+        ("x = " + "[" * 100_000, ["must be a TOML file"]),
+        (f"[optim]\nlr = 1{'0' * 400}", ["optim.lr", "a number"]),
     ],
 )
 def test_mistakes_in_the_file_name_it(tmp_path, text, parts):
@@ -201,3 +207,34 @@ def test_help_lists_every_key_and_its_default():
     for key, spec in FIELDS.items():
         assert f"--{key}=" in text and spec.metadata["help"] in text
     assert "--run.steps=1500" in text
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.data())
+def test_a_mangled_file_is_refused_or_read(tmp_path_factory, data):
+    """Bytes cut out of, or put into, a good file: a Config or a UserError, nothing else."""
+    good = to_toml(Config()).encode()
+    start = data.draw(st.integers(0, len(good)))
+    end = start + data.draw(st.integers(0, 30))
+    inserted = data.draw(st.one_of(st.binary(max_size=8), st.sampled_from(
+        [b"=", b"[", b"]", b'"', b"\n", b"inf", b"nan", b"-", b"[[", b"{}", b"1e999", b"0x", b"."]
+    )))  # fmt: skip
+    path = tmp_path_factory.getbasetemp() / "mangled.toml"
+    path.write_bytes(good[:start] + inserted + good[end:])
+    try:
+        config = load_config(toml_path=path)
+    except UserError as error:
+        assert "\n" not in str(error)
+    else:
+        assert from_dict(to_dict(config)) == config
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.sampled_from(sorted(FIELDS)), st.text(max_size=12))
+def test_any_value_is_refused_or_kept(key, text):
+    try:
+        config = load_config([f"--{key}={text}"])
+    except UserError:
+        return
+    assert differences(load_config(), config) in ([], [key])
+    assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
