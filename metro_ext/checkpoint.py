@@ -1,0 +1,293 @@
+"""Checkpoints that are whole or not there: checksummed, durable, no pickle.
+
+Layout: `folder/step-00000100/{tensors.safetensors, state.json}`. A checkpoint is written under a
+name that no reader takes for one, each file is synced to disk, then the folder gets its real name
+in one rename. A process killed at any moment therefore leaves every earlier checkpoint as it was
+and at most a leftover, which `clean_leftovers` removes at the next start.
+
+`state.json` holds the caller's state, the checksum of the tensors and a checksum of itself. One
+process at a time may write to a folder: hold a `RunLock`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from metro_ext.atomic import sha256_file
+from metro_ext.errors import UserError
+
+_FORMAT = "metro-ext checkpoint 1"
+_TENSORS = "tensors.safetensors"
+_STATE = "state.json"
+_UNFINISHED = ".tmp-"  # being written or being deleted
+_REPLACED = ".old-"  # a checkpoint of the same step that is making way for a new one
+
+
+class Checkpoint(NamedTuple):
+    step: int
+    tensors: dict[str, torch.Tensor]
+    state: dict[str, Any]
+    damaged: list[str]  # newer checkpoints that had to be passed over, one sentence each
+
+
+class Latest(NamedTuple):
+    step: int | None  # the newest whole checkpoint; None where there is none
+    damaged: list[str]  # newer ones that are not whole, one sentence each
+
+
+class _Damaged(Exception):
+    """Why a checkpoint cannot be trusted."""
+
+
+def save_checkpoint(
+    folder: str | Path,
+    step: int,
+    tensors: Mapping[str, torch.Tensor],
+    state: Mapping[str, Any],
+) -> Path:
+    """Writes `folder/step-…` and returns its path once it is safe on disk.
+
+    tensors: any dtype of safetensors, any shape, any device; no two may share memory (store a tied
+        tensor once). state: what JSON can hold, without NaN or infinity.
+
+    A step that exists already is replaced. Raises UserError where the disk is full or the folder
+    cannot be written; earlier checkpoints then stand untouched and nothing half-written is left.
+    """
+    folder = Path(folder)
+    final = folder / _name(step)
+    unfinished, replaced = _renamed(final, _UNFINISHED), _renamed(final, _REPLACED)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _sync(folder.parent)
+        clean_leftovers(folder)
+        unfinished.mkdir()
+        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, unfinished / _TENSORS)
+        _sync(unfinished / _TENSORS)
+        document = {
+            "format": _FORMAT,
+            "step": step,
+            "tensors_sha256": sha256_file(unfinished / _TENSORS),
+            "state": dict(state),
+        }
+        (unfinished / _STATE).write_bytes(_encode(document))
+        _sync(unfinished / _STATE)
+        _sync(unfinished)
+        if final.exists():
+            os.rename(final, replaced)
+        os.rename(unfinished, final)
+        _sync(folder)
+    except BaseException as error:
+        with contextlib.suppress(
+            OSError
+        ):  # what cannot be removed now is removed at the next start
+            clean_leftovers(folder)
+        if isinstance(error, OSError | SafetensorError):
+            reason = getattr(error, "strerror", None) or str(error)
+            raise UserError(
+                f"cannot save {final}: {reason}; earlier checkpoints are untouched, "
+                "so make room and run the same command to go on"
+            ) from error
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
+    return final
+
+
+def load_checkpoint(folder: str | Path, step: int | None = None, device: str = "cpu") -> Checkpoint:
+    """The checkpoint of a step, or the newest whole one, with its tensors on `device`.
+
+    Raises UserError where there is none, or where the one asked for, or every one, is damaged.
+    """
+    folder, damaged = Path(folder), []
+    if step is None:
+        step, damaged = latest_valid(folder)
+        if step is None and damaged:
+            raise UserError(f"no whole checkpoint in {folder}: {'; '.join(damaged)}")
+        if step is None:
+            raise UserError(f"expected a checkpoint in {folder}, found none")
+    path = folder / _name(step)
+    if not path.is_dir():
+        raise UserError(f"expected the checkpoint {path}, found none of that name")
+    try:
+        document = _verified(path)
+        tensors = load_file(path / _TENSORS, device=device)
+    except (_Damaged, SafetensorError) as error:
+        raise UserError(f"the checkpoint {path} is damaged: {error}") from None
+    return Checkpoint(step, tensors, document["state"], damaged)
+
+
+def latest_valid(folder: str | Path) -> Latest:
+    """The newest checkpoint whose checksums hold, and what is wrong with any newer one.
+
+    Reads every file of the checkpoints it looks at. With no step but damaged checkpoints, a run
+    must not quietly start over.
+    """
+    damaged = []
+    for step in checkpoint_steps(folder):
+        try:
+            _verified(Path(folder) / _name(step))
+        except _Damaged as error:
+            damaged.append(f"{_name(step)}: {error}")
+        else:
+            return Latest(step, damaged)
+    return Latest(None, damaged)
+
+
+def checkpoint_steps(folder: str | Path) -> list[int]:
+    """Steps of the checkpoints in a folder, newest first, whole or not."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        return []
+    found = (re.fullmatch(r"step-(\d{8,})", entry.name) for entry in folder.iterdir())
+    steps = (int(match[1]) for match in found if match and match[0] == _name(int(match[1])))
+    return sorted(steps, reverse=True)
+
+
+def prune(folder: str | Path, keep: int) -> list[int]:
+    """Deletes all but the `keep` newest checkpoints and returns the steps deleted.
+
+    Damaged checkpoints do not count as kept ones to fall back on: where none of the newest is
+    whole, the newest whole one among the older stays.
+    """
+    if keep < 1:
+        raise ValueError(f"keep must be at least 1, found {keep}")
+    folder = Path(folder)
+    steps = checkpoint_steps(folder)
+    doomed = steps[keep:]
+    if doomed:
+        whole = latest_valid(folder).step
+        doomed = [] if whole is None else [step for step in doomed if step != whole]
+    for step in doomed:
+        path = folder / _name(step)
+        unfinished = _renamed(path, _UNFINISHED)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        os.rename(path, unfinished)  # a kill halfway must not leave half a checkpoint
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return doomed
+
+
+def clean_leftovers(folder: str | Path) -> list[str]:
+    """Removes what a killed process left in the folder; returns the names of what it removed.
+
+    A checkpoint that was making way for a new one of the same step, which then never came, gets
+    its name back. Call it at the start of a run, under the run's lock.
+    """
+    removed: list[str] = []
+    folder = Path(folder)
+    if not folder.is_dir():
+        return removed
+    for entry in sorted(folder.iterdir()):
+        if re.fullmatch(re.escape(_REPLACED) + r"step-\d{8,}", entry.name):
+            final = folder / entry.name.removeprefix(_REPLACED)
+            if not final.exists():
+                os.rename(entry, final)
+                continue
+        elif not re.fullmatch(re.escape(_UNFINISHED) + r"step-\d{8,}", entry.name):
+            continue
+        shutil.rmtree(entry)
+        removed.append(entry.name)
+    return removed
+
+
+class RunLock:
+    """Context manager: this process alone may write to a run's folder.
+
+    The kernel holds the lock (flock on `run.lock`) and drops it when the process ends, however it
+    ends, so that there is no stale lock. The file itself stays: removing it would let two
+    processes lock two files of one name. Raises UserError where another run holds it.
+    """
+
+    def __init__(self, run_dir: str | Path) -> None:
+        self._path = Path(run_dir) / "run.lock"
+        self._file: Any = None
+
+    def __enter__(self) -> RunLock:
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            file = open(self._path, "a+", encoding="utf-8")
+        except OSError as error:
+            raise UserError(
+                f"expected a writable run folder, but {self._path}: {error.strerror}"
+            ) from None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read(20).strip()
+            file.close()
+            raise UserError(
+                f"the run folder {self._path.parent} is in use by process {owner or '?'}; "
+                "wait for it to end, or name another folder with --run"
+            ) from None
+        except OSError as error:
+            file.close()
+            raise UserError(f"cannot lock {self._path}: {error.strerror}") from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        self._file = file
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _renamed(path: Path, prefix: str) -> Path:
+    return path.with_name(prefix + path.name)
+
+
+def _sync(path: Path) -> None:
+    """Asks the disk to hold a file's content, or a folder's entries, before going on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _encode(document: Mapping[str, Any]) -> bytes:
+    """The one spelling of a document, its own checksum included: any changed byte is found."""
+
+    def spell(value: Mapping[str, Any]) -> bytes:
+        return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+
+    content = {key: value for key, value in document.items() if key != "sha256"}
+    return spell({**content, "sha256": hashlib.sha256(spell(content)).hexdigest()})
+
+
+def _verified(path: Path) -> dict[str, Any]:
+    """The document in state.json; _Damaged unless both files are exactly what was saved."""
+    try:
+        data = (path / _STATE).read_bytes()
+        document = json.loads(data)
+        if not isinstance(document, dict) or _encode(document) != data:
+            raise _Damaged(f"the checksum of {_STATE} does not hold")
+        if document.get("format") != _FORMAT:
+            raise _Damaged(f"expected '{_FORMAT}', found '{document.get('format')}'")
+        if document.keys() != {"format", "step", "tensors_sha256", "state", "sha256"}:
+            raise _Damaged(f"the keys of {_STATE} are not those of a checkpoint")
+        if document["step"] != int(path.name.removeprefix("step-")):
+            raise _Damaged(f"{_STATE} is that of step {document['step']}")
+        if sha256_file(path / _TENSORS) != document["tensors_sha256"]:
+            raise _Damaged(f"the checksum of {_TENSORS} does not hold")
+    except OSError as error:
+        raise _Damaged(f"{Path(error.filename or path).name}: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise _Damaged(f"{_STATE} is not what was saved") from None
+    return document

@@ -1,0 +1,303 @@
+"""What a run tells: a line an interval, a live bar on a terminal, and records to compare and plot.
+
+Files in the run's folder, one JSON object a line:
+
+- `metrics.jsonl`: training metrics of an interval. Holds nothing that depends on the clock, so
+  that a resumed run's file is byte for byte that of the unbroken run.
+- `evaluation.jsonl`: metrics on held-out text, likewise.
+- `timing.jsonl`: tokens_per_s, mfu (share of the peak FLOP/s, null where the peak is unknown) and
+  seconds (of the interval, without evaluations and checkpoints).
+
+Numbers are written so that they read back as the same bits; a metric that the objective does not
+have is null; NaN and infinity, which JSON lacks, are the strings float() reads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from metro_ext.atomic import atomic_write
+from metro_ext.errors import UserError
+
+# Present in every record of metrics.jsonl, in this order after `step`.
+TRAINING_KEYS = (
+    "loss", "mlm_loss", "rtd_loss", "clm_loss", "rtd_accuracy", "grad_norm", "lr", "tokens",
+)  # fmt: skip
+METRICS_FILE, TIMING_FILE, EVALUATION_FILE = "metrics.jsonl", "timing.jsonl", "evaluation.jsonl"
+
+_BAR_WIDTH = 30
+_BAR_SECONDS = 0.1  # between two drawings: enough for the eye, nothing beside a step
+
+
+class Monitor:
+    """Reports a run's progress; a context manager that closes its files.
+
+    run_dir: folder of the records; made if it is not there.
+    total_steps: steps of the whole run.
+    resumed_step: 0 begins anew and empties the records; otherwise records past this step, and a
+        last line torn by a kill, are dropped, and the rest goes on.
+    resumed_tokens: tokens seen up to resumed_step.
+    flops_per_token, peak_flops: FLOPs a token costs, FLOP/s the hardware can do, for the MFU.
+    tensorboard: write TensorBoard events too.
+    stream: where lines and bar go; by default the standard output at the time of the call.
+    clock: seconds from any start.
+
+    Raises UserError where a file cannot be written, or tensorboard is asked for and missing.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        total_steps: int,
+        *,
+        resumed_step: int = 0,
+        resumed_tokens: int = 0,
+        flops_per_token: float | None = None,
+        peak_flops: float | None = None,
+        tensorboard: bool = False,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._total = total_steps
+        self._step, self._tokens = resumed_step, resumed_tokens
+        self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
+        self._stream = stream or sys.stdout
+        self._live = self._stream.isatty()
+        self._clock = clock
+        self._board = _tensorboard(Path(run_dir), resumed_step) if tensorboard else None
+        self._metrics = _Records(Path(run_dir) / METRICS_FILE, resumed_step)
+        self._timing = _Records(Path(run_dir) / TIMING_FILE, resumed_step)
+        self._evaluation = _Records(Path(run_dir) / EVALUATION_FILE, resumed_step)
+        self._bar_shown = False
+        self._bar_time = -math.inf
+        self._interval_start = clock()
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Records an interval that ends with `step`, and prints its line.
+
+        metrics: any of TRAINING_KEYS and further deterministic ones; numbers, 0-d tensors or None.
+            `tokens` counts from the run's beginning.
+        """
+        values = {key: _number(metrics.get(key)) for key in TRAINING_KEYS}
+        values |= {key: _number(value) for key, value in metrics.items()}
+        now = self._clock()
+        seconds = max(now - self._interval_start, 1e-9)
+        tokens = values["tokens"]
+        tokens_per_s = mfu = None
+        if tokens is not None:
+            tokens_per_s = (tokens - self._tokens) / seconds
+            if self._flops_per_token and self._peak_flops:
+                mfu = tokens_per_s * self._flops_per_token / self._peak_flops
+            self._tokens = tokens
+        eta = (self._total - step) * seconds / max(step - self._step, 1)
+        timing = {"tokens_per_s": tokens_per_s, "mfu": mfu, "seconds": seconds}
+        self._metrics.append(step, values)
+        self._timing.append(step, timing)
+        self._to_board("train", step, values | timing)
+        self._print(_line(step, self._total, values, timing, eta))
+        self._step, self._interval_start = step, now
+
+    def log_evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Records metrics on held-out text and prints them on a line."""
+        values = {key: _number(value) for key, value in metrics.items()}
+        self._evaluation.append(step, values)
+        self._to_board("eval", step, values)
+        shown = (f"{key.replace('_', ' ')} {_short(value)}" for key, value in values.items())
+        self._print("  ".join([f"{step}/{self._total}  held-out:", *shown]))
+
+    def tick(self, step: int) -> None:
+        """Call after every step: moves the bar where there is a terminal to show it."""
+        if not self._live or (now := self._clock()) - self._bar_time < _BAR_SECONDS:
+            return
+        done = min(step / self._total, 1.0)
+        filled = round(done * _BAR_WIDTH)
+        bar = "#" * filled + "." * (_BAR_WIDTH - filled)
+        self._stream.write(f"\r[{bar}] {step}/{self._total} {done:6.1%}")
+        self._stream.flush()
+        self._bar_shown, self._bar_time = True, now
+
+    @contextlib.contextmanager
+    def untimed(self) -> Iterator[None]:
+        """Around what is not training (evaluation, checkpoint): not counted in tokens/s."""
+        start = self._clock()
+        try:
+            yield
+        finally:
+            self._interval_start += self._clock() - start
+
+    def sync(self) -> None:
+        """Puts all records on disk; call before a checkpoint that a resume will count on."""
+        for records in (self._metrics, self._timing, self._evaluation):
+            records.sync()
+        if self._board is not None:
+            self._board.flush()
+
+    def close(self) -> None:
+        self._clear_bar()
+        for records in (self._metrics, self._timing, self._evaluation):
+            records.close()
+        if self._board is not None:
+            self._board.close()
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _print(self, line: str) -> None:
+        self._clear_bar()
+        print(line, file=self._stream, flush=True)
+
+    def _clear_bar(self) -> None:
+        if self._bar_shown:
+            self._stream.write("\r\x1b[K")
+            self._stream.flush()
+            self._bar_shown = False
+
+    def _to_board(self, group: str, step: int, values: Mapping[str, Any]) -> None:
+        if self._board is not None:
+            for key, value in values.items():
+                if value is not None:
+                    self._board.add_scalar(f"{group}/{key}", value, step)
+
+
+def read_records(path: str | Path) -> list[dict[str, Any]]:
+    """The records of a .jsonl file, without a torn last line; none where there is no file.
+
+    Raises UserError for a line that is not a record.
+    """
+    return [record for _, record in _whole_lines(Path(path))]
+
+
+class _Records:
+    """A file of JSON lines that is only ever appended to."""
+
+    def __init__(self, path: Path, resumed_step: int) -> None:
+        self._path = path
+        with _writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            before = path.read_bytes() if path.exists() else b""
+            kept = b""
+            if resumed_step > 0:
+                lines = (ln for ln, record in _whole_lines(path) if record["step"] <= resumed_step)
+                kept = b"".join(lines)
+            if kept != before:
+                with atomic_write(path, "wb") as file:
+                    file.write(kept)
+            self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (stays open)
+
+    def append(self, step: int, values: Mapping[str, Any]) -> None:
+        record = {"step": step} | {key: _plain(value) for key, value in values.items()}
+        rest = memoryview((json.dumps(record, allow_nan=False) + "\n").encode())
+        with _writing(self._path):
+            while rest:  # a write to a disk that fills up may be short
+                rest = rest[self._file.write(rest) :]
+
+    def sync(self) -> None:
+        with _writing(self._path):
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror}; see to that and run the same command to go on"
+        ) from None
+
+
+def _whole_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline is torn or empty
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            if type(record["step"]) is not int:
+                raise ValueError
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise UserError(
+                f"line {number} of {path} is not a record (a JSON object with a whole number "
+                "'step'); mend or remove that line to go on"
+            ) from None
+        found.append((line + b"\n", record))
+    return found
+
+
+def _number(value: Any) -> int | float | None:
+    """A plain number: 0-d tensors and NumPy scalars give theirs."""
+    if hasattr(value, "item"):
+        value = value.item()
+    return value if value is None or isinstance(value, int) else float(value)
+
+
+def _plain(value: int | float | None) -> int | float | str | None:
+    return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _tensorboard(run_dir: Path, resumed_step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError(
+            "run.tensorboard is true, but TensorBoard is not installed: pip install tensorboard, "
+            "or leave run.tensorboard out"
+        ) from None
+    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_step + 1)
+
+
+def _line(
+    step: int, total: int, values: Mapping[str, Any], timing: Mapping[str, Any], eta: float
+) -> str:
+    accuracy, mfu, rate = values["rtd_accuracy"], timing["mfu"], timing["tokens_per_s"]
+    width = len(str(total))
+    return "  ".join(
+        [
+            f"{step:>{width}}/{total} ({step / total:6.1%})",
+            f"loss {_short(values['loss']):>7}",
+            *(f"{part} {_short(values[part + '_loss']):>6}" for part in ("mlm", "rtd", "clm")),
+            f"rtd acc {'-' if accuracy is None else f'{accuracy:.1%}':>6}",
+            f"lr {'-' if values['lr'] is None else format(values['lr'], '.2e')}",
+            f"{'-' if rate is None else _thousands(rate):>6} tok/s",
+            f"MFU {'-' if mfu is None else f'{mfu:.1%}':>5}",
+            f"ETA {_duration(eta)}",
+        ]
+    )
+
+
+def _short(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return (
+        str(value) if isinstance(value, int) else f"{value:.5g}" if value >= 1e4 else f"{value:.4f}"
+    )
+
+
+def _thousands(value: float) -> str:
+    for unit, size in (("M", 1e6), ("K", 1e3)):
+        if value >= size:
+            return (
+                f"{value / size:.3g}{unit}" if value < 1e3 * size else f"{value / size:.0f}{unit}"
+            )
+    return f"{value:.0f}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
