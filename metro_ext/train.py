@@ -6,6 +6,7 @@ bit for bit the unbroken one.
 """
 
 import argparse
+import contextlib
 import itertools
 import math
 import sys
@@ -95,11 +96,11 @@ class Trainer:
         accumulation, first = config.accumulation, self.step
         self.model.train()
         indices = (
-            micro_batch_index(step, micro, accumulation)
+            micro_batch_index(step, micro, rank=0, accumulation=accumulation)
             for step in range(first, config.steps)
             for micro in range(accumulation)
         )
-        with prefetch(self.source, indices, depth=2 * accumulation) as batches:
+        with contextlib.closing(prefetch(self.source, indices, depth=2 * accumulation)) as batches:
             for step in range(first + 1, config.steps + 1):
                 grad_norm, rate = self._optimizer_step(
                     step, [next(batches) for _ in range(accumulation)]
