@@ -22,7 +22,7 @@ FORMATS = (".txt", ".jsonl")
 COMPRESSIONS = ("", ".gz", ".xz")
 SUFFIXES = tuple(f + c for f in FORMATS for c in COMPRESSIONS)
 
-PARAGRAPH_BYTES = 1 << 20
+PARAGRAPH_BYTES = 1 << 16
 JSON_LINE_BYTES = 1 << 28  # one JSON object has to be parsed whole
 
 
