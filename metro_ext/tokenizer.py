@@ -36,7 +36,7 @@ SPACE_PIECE = "▁"
 # normaliser touches and, as training leaves it out, no piece holds: it is written in bytes.
 _MASK_STAND_IN = "\U0010fffd"
 
-DEFAULT_SAMPLE_BYTES = 1 << 28
+DEFAULT_SAMPLE_BYTES = 1 << 27
 
 
 class Tokenizer:
@@ -259,6 +259,7 @@ def _train(arguments: argparse.Namespace) -> None:
     output = Path(arguments.output)
     if output.exists():
         raise UserError(f"{output}: it exists already: remove it or name another")
+    output.parent.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(
         arguments.inputs,
         arguments.vocab_size,

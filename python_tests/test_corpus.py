@@ -165,10 +165,11 @@ def test_a_build_repeats_byte_for_byte_on_any_number_of_threads(tmp_path):
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
 
 
-def test_small_batches_write_the_same_corpus(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("limit", "value"), [("_BATCH_CHARACTERS", 100), ("_BATCH_PARAGRAPHS", 3)])
+def test_small_batches_write_the_same_corpus(tmp_path, monkeypatch, limit, value):
     tokenizer = small_tokenizer()
     build_corpus([sample_paths()[1]], tokenizer, tmp_path / "1")
-    monkeypatch.setattr("metro_ext.corpus_build._BATCH_CHARACTERS", 100)
+    monkeypatch.setattr(f"metro_ext.corpus_build.{limit}", value)
     build_corpus([sample_paths()[1]], tokenizer, tmp_path / "2")
     for name in ("documents.bin", "shard-00000.bin", "manifest.json"):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
@@ -229,14 +230,14 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
     small_tokenizer().save(model)
     line = sample_paths()[0].read_text(encoding="utf-8").replace("\n", " ")
     peaks = []
-    for repeats in (6, 18):
+    for repeats in (4, 12):
         text = tmp_path / f"{repeats}.txt"
         text.write_text(line * repeats, encoding="utf-8")
         arguments = ["build", text, "--tokenizer", model, "--output", tmp_path / str(repeats)]
         process = start("-c", BUILD_AND_REPORT_PEAK, *arguments, stdout=subprocess.PIPE)
         out, _ = process.communicate(timeout=120)
         peaks.append(float(out.splitlines()[-1]))
-    # The text grew by 10 MB, its ids as Python integers by some 80 MB.
+    # The text grew by 7 MB, its ids as Python integers by some 50 MB.
     assert peaks[1] - peaks[0] < 8
 
 

@@ -373,6 +373,12 @@ def test_atomic_write_replaces_whole_or_not_at_all(tmp_path, monkeypatch):
         pass
 
 
+def test_atomic_write_names_the_file_that_was_asked_for(tmp_path):
+    with pytest.raises(FileNotFoundError) as error, atomic_write(tmp_path / "no" / "file"):
+        pass
+    assert error.value.filename == str(tmp_path / "no" / "file")
+
+
 def test_atomic_write_gives_the_umask_s_permissions(tmp_path):
     with atomic_write(tmp_path / "ours") as file:
         file.write(b"")
