@@ -36,7 +36,7 @@ _FEISTEL_ROUNDS = 6
 _U64 = (1 << 64) - 1
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # == on tensors has no truth value
 class Batch:
     """One packed batch on the CPU; T is tokens_per_batch.
 
@@ -166,7 +166,7 @@ class EvaluationSource:
             raise IndexError(f"batch {index} of {len(self)}")
         tokens = self.corpus.tokens(index * self.tokens_per_batch, self.tokens_per_batch)
         windows = tokens.reshape(-1, self.sequence_length)
-        return _pack(windows, index, _mix(self.seed, index, _BATCH_SEED))
+        return _pack(windows, index, _mix(self.seed, index, _EVALUATION_SEED))
 
 
 def evaluation_batches(
@@ -222,7 +222,7 @@ def permute(index: int, size: int, key: int) -> int:
 
 
 # What a hash is drawn for, so that no two uses share a stream.
-_ORDER, _OFFSET, _BATCH_SEED = 0x100, 0x101, 0x102
+_ORDER, _OFFSET, _BATCH_SEED, _EVALUATION_SEED = 0x100, 0x101, 0x102, 0x103
 
 
 def _mix(*words: int) -> int:

@@ -142,7 +142,7 @@ class Corpus:
         return counts
 
     def verify(self) -> None:
-        """Check every checksum, every id and every document border, in constant memory.
+        """Check every checksum, every id and every document's start, in constant memory.
 
         Raises:
             UserError: names the first damaged file.
@@ -264,7 +264,7 @@ def _info(arguments: argparse.Namespace) -> None:
         print(f"{name:<16}{value}")
     if arguments.verify:
         corpus.verify()
-        print(f"{'verified':<16}all checksums, ids and document borders are right")
+        print(f"{'verified':<16}all checksums, ids and document starts are right")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -29,8 +29,10 @@ from metro_ext.tokenizer import Tokenizer
 
 DEFAULT_SHARD_TOKENS = 1 << 27  # 256 MiB of uint16
 
-# Paragraphs are encoded this many characters at a time: enough to keep several threads busy.
+# Paragraphs are encoded this many at a time: enough to keep several threads busy. The second limit
+# is for text of very short lines, where the Python objects outweigh the characters.
 _BATCH_CHARACTERS = 1 << 22
+_BATCH_PARAGRAPHS = 1 << 17
 
 
 def build_corpus(
@@ -103,7 +105,7 @@ def _batches(files: Sequence[Path], jsonl_field: str) -> Iterator[list[Paragraph
         for paragraph in read_paragraphs(file, jsonl_field):
             batch.append(paragraph)
             characters += len(paragraph.text)
-            if characters >= _BATCH_CHARACTERS:
+            if characters >= _BATCH_CHARACTERS or len(batch) >= _BATCH_PARAGRAPHS:
                 yield batch
                 batch, characters = [], 0
     if batch:
@@ -239,5 +241,5 @@ def unigram_entropy(counts: np.ndarray, special_ids: Sequence[int]) -> float:
     counts = np.delete(counts, special_ids).astype(np.float64)
     counts = counts[counts > 0]
     total = counts.sum()
-    # H = log n - (1/n) sum_i c_i log c_i; log(1) + 0 keeps a single-token text at exactly 0.
+    # H = log n - (1/n) sum_i c_i log c_i, which rounding must not take below 0.
     return max(0.0, math.log(total) - float((counts * np.log(counts)).sum() / total))

@@ -8,13 +8,14 @@ a space, so the cut changes no token. (One without any space is cut between two 
 """
 
 import gzip
+import io
 import json
 import lzma
 import os
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from metro_ext.errors import UserError
 
@@ -22,7 +23,7 @@ FORMATS = (".txt", ".jsonl")
 COMPRESSIONS = ("", ".gz", ".xz")
 SUFFIXES = tuple(f + c for f in FORMATS for c in COMPRESSIONS)
 
-PARAGRAPH_BYTES = 1 << 20
+PARAGRAPH_BYTES = 1 << 16
 JSON_LINE_BYTES = 1 << 28  # one JSON object has to be parsed whole
 
 
@@ -92,11 +93,12 @@ def read_paragraphs(path: str | os.PathLike, jsonl_field: str = "text") -> Itera
         raise UserError(f"{path}: the compressed file is damaged or cut short ({error})") from error
 
 
-def _open(path: Path) -> BinaryIO:
+def _open(path: Path) -> io.BufferedReader:
+    # Short lines are read many times faster through one more buffer than by the decompressors.
     if path.name.endswith(".gz"):
-        return gzip.open(path, "rb")
+        return io.BufferedReader(gzip.open(path, "rb"))
     if path.name.endswith(".xz"):
-        return lzma.open(path, "rb")
+        return io.BufferedReader(lzma.open(path, "rb"))
     return open(path, "rb")
 
 
@@ -104,7 +106,7 @@ def _empty(path: Path) -> UserError:
     return UserError(f"{path}: the file is empty: remove it or give it some text")
 
 
-def _read_text(stream: BinaryIO, path: Path) -> Iterator[Paragraph]:
+def _read_text(stream: io.BufferedReader, path: Path) -> Iterator[Paragraph]:
     starts_document = True
     for text, whole in _read_lines(stream, path):
         if text and not text.isspace():
@@ -114,7 +116,7 @@ def _read_text(stream: BinaryIO, path: Path) -> Iterator[Paragraph]:
             starts_document = True
 
 
-def _read_lines(stream: BinaryIO, path: Path) -> Iterator[tuple[str, bool]]:
+def _read_lines(stream: io.BufferedReader, path: Path) -> Iterator[tuple[str, bool]]:
     """Lines as (text, whether this is the whole line), those too long in several pieces."""
     line, offset, rest, starts_line = 1, 0, b"", True
     while True:
@@ -153,7 +155,7 @@ def _decode(raw: bytes, path: Path, line: int, offset: int) -> str:
         ) from error
 
 
-def _read_jsonl(stream: BinaryIO, path: Path, field: str) -> Iterator[Paragraph]:
+def _read_jsonl(stream: io.BufferedReader, path: Path, field: str) -> Iterator[Paragraph]:
     line, offset = 0, 0
     while raw := stream.readline(JSON_LINE_BYTES):
         line += 1
@@ -172,11 +174,13 @@ def _read_jsonl(stream: BinaryIO, path: Path, field: str) -> Iterator[Paragraph]
 
 
 def _cut_text(text: str) -> Iterator[str]:
-    while len(text) > PARAGRAPH_BYTES:
-        cut = text.rfind(" ", 0, PARAGRAPH_BYTES) + 1 or PARAGRAPH_BYTES
-        yield text[:cut]
-        text = text[cut:]
-    yield text
+    start = 0
+    while len(text) - start > PARAGRAPH_BYTES:
+        limit = start + PARAGRAPH_BYTES
+        cut = text.rfind(" ", start, limit) + 1 or limit
+        yield text[start:cut]
+        start = cut
+    yield text[start:]
 
 
 def _json_field(decoded: str, path: Path, line: int, field: str) -> str:

@@ -36,7 +36,7 @@ SPACE_PIECE = "▁"
 # normaliser touches and, as training leaves it out, no piece holds: it is written in bytes.
 _MASK_STAND_IN = "\U0010fffd"
 
-DEFAULT_SAMPLE_BYTES = 1 << 28
+DEFAULT_SAMPLE_BYTES = 1 << 27
 
 
 class Tokenizer:
@@ -119,7 +119,7 @@ class Tokenizer:
     def _encode(self, text: str | list[str], **options) -> list:
         try:
             return self._processor.encode(text, **options)
-        except (UnicodeEncodeError, RuntimeError) as error:
+        except (UnicodeEncodeError, RuntimeError, TypeError) as error:  # as its release has it
             for one in [text] if isinstance(text, str) else text:
                 if any("\ud800" <= character <= "\udfff" for character in one):
                     raise UserError("the text is not valid Unicode (a lone surrogate)") from error
@@ -178,6 +178,10 @@ def train_tokenizer(
     Raises:
         UserError: bad input, or a vocabulary that the text cannot fill.
     """
+    if vocab_size < 1:
+        raise UserError(f"expected a vocabulary of at least 1, found {vocab_size}")
+    if not 0.98 <= character_coverage <= 1:  # sentencepiece's own limits
+        raise UserError(f"expected a character coverage in 0.98 ... 1, found {character_coverage}")
     texts = (
         paragraph.text.replace(_MASK_STAND_IN, "")
         for file in find_text_files(inputs)
@@ -255,6 +259,7 @@ def _train(arguments: argparse.Namespace) -> None:
     output = Path(arguments.output)
     if output.exists():
         raise UserError(f"{output}: it exists already: remove it or name another")
+    output.parent.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(
         arguments.inputs,
         arguments.vocab_size,
