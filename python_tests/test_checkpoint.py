@@ -183,6 +183,20 @@ def test_prune_keeps_the_last_whole_one(folder):
         prune(folder, 0)
 
 
+def test_a_prune_killed_halfway_leaves_no_half_checkpoint(folder, monkeypatch):
+    def killed(path, **_):
+        if path.exists():
+            (path / FILES[0]).unlink()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prune(folder, 2)
+    monkeypatch.undo()
+    assert checkpoint_steps(folder) == [300, 200]
+    assert clean_leftovers(folder) == [".tmp-step-00000100"]
+
+
 def test_a_step_is_replaced_also_when_damaged(folder):
     os.truncate(folder / "step-00000300" / FILES[0], 50)
     save_checkpoint(folder, 300, sample(300), {"again": True})
