@@ -11,6 +11,7 @@ parameters and statistics are float32; arithmetic is float32.
 import torch  # noqa: F401  (the binary resolves libtorch through the process that imported torch)
 
 from metro_ext import _C
+from metro_ext.ops.attention import attention, relative_bias
 from metro_ext.ops.gelu import bias_gelu
 
-__all__ = ["_C", "bias_gelu"]
+__all__ = ["_C", "attention", "bias_gelu", "relative_bias"]

@@ -1,0 +1,140 @@
+// What the forward and the backward CPU kernel share: work items, scores, dropout.
+#pragma once
+
+#include "attention/attention.h"
+#include "common/parallel.h"
+#include "common/philox_simd.h"
+#include "common/tile_gemm.h"
+
+namespace metro::METRO_CPU_NS {
+
+constexpr int64_t kTile = kAttentionTile;
+constexpr int kTileVectors = kTile / kLanes;
+constexpr float kLog2E = 1.44269504f;
+constexpr float kLn2 = 0.693147181f;
+
+// Scores are kept in units of ln 2 (times log2 e), so that a probability is a power of two.
+// 2^x for x ≤ 120, relative error 1e-7; 0 below -127. NaN stays NaN.
+inline vf exp2(vf x) {
+  const vf shift = set(12582912.0f + 127.0f);  // 1.5 · 2²³ + exponent bias
+  x = max(set(-127.0f), x);
+  const vf shifted = x + shift;
+  const vf r = x - (shifted - shift);
+  vf poly = set(1.32647273e-3f);
+  poly = fma(poly, r, set(9.67151299e-3f));
+  poly = fma(poly, r, set(5.55073359e-2f));
+  poly = fma(poly, r, set(2.40222424e-1f));
+  poly = fma(poly, r, set(6.93147004e-1f));
+  poly = fma(poly, r, set(1.0f));
+  return poly * bits_to_float(float_to_bits(shifted) << 23);
+}
+
+inline bool any(vi mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)mask) != 0;
+#else
+  return (mask[0] | mask[1] | mask[2] | mask[3]) != 0;
+#endif
+}
+
+// A (sequence, head) of the batch: where its rows lie.
+struct Item {
+  int64_t sequence;
+  int64_t head;
+  int64_t start;   // first token
+  int64_t length;  // tokens
+  int64_t padded;  // length rounded up to whole tiles
+};
+
+inline Item attention_item(const AttentionParams& p, int64_t index) {
+  const int64_t sequence = p.order[index / p.heads];
+  const int64_t start = p.cu_seqlens[sequence];
+  const int64_t length = p.cu_seqlens[sequence + 1] - start;
+  return {sequence, index % p.heads, start, length, attention_pad(length, kTile)};
+}
+
+// Runs body(item, scratch) for every (sequence, head), longest sequence first, each on the next
+// free worker; no result depends on which one that is.
+template <typename Body>
+inline void for_each_item(const AttentionParams& p, bool backward, const Body& body) {
+  const int64_t items = p.active * p.heads;
+  const int64_t bytes = attention_scratch(p.longest, p.head_dim, backward);
+  int64_t next = 0;
+  parallel_for(0, p.workers, 1, [&](int64_t worker, int64_t) {
+    char* scratch = static_cast<char*>(p.scratch) + worker * bytes;
+    for (;;) {
+      const int64_t index = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+      if (index >= items) return;
+      body(attention_item(p, index), scratch);
+    }
+  });
+}
+
+template <typename T>
+inline const T* qkv_rows(const AttentionParams& p, const Item& item, int part) {
+  const int64_t row = (item.start * 3 + part) * p.heads + item.head;
+  return static_cast<const T*>(p.qkv) + row * p.head_dim;
+}
+
+inline float score_scale(const AttentionParams& p) {
+  return 1.0f / __builtin_sqrtf(static_cast<float>(p.head_dim));
+}
+
+// out[j - i + padded] = bias(j - i) · log2 e; zero where no pair of tokens lies.
+inline void load_bias(const AttentionParams& p, const Item& item, float* out) {
+  for (int64_t x = 0; x < 2 * item.padded + 16; ++x) out[x] = 0.0f;
+  if (p.bias == nullptr) return;
+  const float* centre = p.bias + item.head * (2 * p.max_seqlen - 1) + p.max_seqlen - 1;
+  for (int64_t x = 1 - item.length; x < item.length; ++x) out[x + item.padded] = centre[x] * kLog2E;
+}
+
+// Lanes [begin, begin + kLanes) that lie below `end`.
+inline vi lanes_below(int64_t begin, int64_t end) {
+  return (vi)iota() < static_cast<int32_t>(end - begin);
+}
+
+// ---- Dropout ----
+
+struct AttentionDropout {
+  bool on;
+  uint32_t threshold;
+  float scale;
+  uint64_t seed;
+  uint32_t purpose;
+};
+
+inline AttentionDropout attention_dropout(const AttentionParams& p) {
+  const Dropout d = make_dropout(p.p);
+  const bool on = d.threshold > 0;
+  return {on, d.threshold, on ? d.scale : 1.0f, on ? static_cast<uint64_t>(*p.seed) : 0,
+          counter_word(Purpose::kAttentionDropout, p.draw)};
+}
+
+// Bit k of the result: the probability of key `first_key` + k is kept; first_key is a multiple of
+// 64, `token` the packed index of the query.
+inline uint64_t kept_keys(const AttentionDropout& d, int64_t first_key, int64_t token,
+                          int64_t head) {
+  if (d.threshold > 0xffffu) return 0;
+  const uint32_t c0 = static_cast<uint32_t>(first_key / 8), c1 = static_cast<uint32_t>(token);
+  const uint32_t c3 = static_cast<uint32_t>(head);
+  uint16_t numbers[64];
+  uint64_t bits = 0;
+  constexpr int kNumbers = 8 * kLanes;
+  uint16_t call[kNumbers];
+  for (int at = 0; at < 64; at += kNumbers) {
+    half_words(d.seed, c0 + at / 8, c1, d.purpose, c3, call, false);
+    memcpy(numbers + at, call, kNumbers < 64 ? sizeof(call) : sizeof(numbers));
+  }
+  for (int k = 0; k < 64; ++k) bits |= static_cast<uint64_t>(numbers[k] >= d.threshold) << k;
+  return bits;
+}
+
+// The lanes of vector v of a tile's row whose bit is set.
+inline vi kept_lanes(uint64_t bits, int v) {
+  const vu word = set_u(static_cast<uint32_t>(bits >> (v * kLanes)));
+  return (vi)((word >> iota()) & 1u) != 0;
+}
+
+}  // namespace metro::METRO_CPU_NS
