@@ -4,40 +4,13 @@ import math
 
 import numpy as np
 import torch
+from philox_reference import ATTENTION_DROPOUT, counter_word, half_words, philox4x32
 from torch import Tensor
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     z = x + bias
     return z * 0.5 * (1 + torch.erf(z / math.sqrt(2)))
-
-
-def philox4x32(seed: int, c0, c1, c2, c3) -> np.ndarray:
-    """Philox4x32-10 (Salmon et al., SC 2011) with the 64-bit key ``seed``.
-
-    The counter words are integers or arrays that broadcast. Returns the words as uint64 [..., 4].
-    """
-    low = np.uint64(0xFFFFFFFF)
-    c0, c1, c2, c3 = np.broadcast_arrays(
-        *(np.asarray(c, dtype=np.uint64) for c in (c0, c1, c2, c3))
-    )
-    k0, k1 = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
-    for _ in range(10):
-        p0, p1 = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2
-        c0, c1, c2, c3 = (
-            p1 >> np.uint64(32) ^ c1 ^ np.uint64(k0),
-            p1 & low,
-            p0 >> np.uint64(32) ^ c3 ^ np.uint64(k1),
-            p0 & low,
-        )
-        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
-    return np.stack([c0, c1, c2, c3], axis=-1)
-
-
-def half_words(words: np.ndarray) -> np.ndarray:
-    """The eight 16-bit numbers of each Philox call: uint64 [..., 4] -> uint64 [..., 8]."""
-    halves = np.stack([words & np.uint64(0xFFFF), words >> np.uint64(16)], axis=-1)
-    return halves.reshape(*words.shape[:-1], 8)
 
 
 def attention_keep(
@@ -50,7 +23,8 @@ def attention_keep(
     threshold = int(p * 65536 + 0.5)
     key_groups = np.arange((length + 7) // 8)[None, None, :]
     tokens = start + np.arange(length)[None, :, None]
-    words = philox4x32(seed, key_groups, tokens, 2 << 24 | draw, np.arange(heads)[:, None, None])
+    word = counter_word(ATTENTION_DROPOUT, draw)
+    words = philox4x32(seed, key_groups, tokens, word, np.arange(heads)[:, None, None])
     numbers = half_words(words).reshape(heads, length, 8 * key_groups.size)[:, :, :length]
     scale = 65536 / (65536 - threshold) if threshold < 65536 else 0.0
     return torch.from_numpy(numbers >= threshold), scale
@@ -81,3 +55,23 @@ def attention(
         lses.append(scores.logsumexp(-1))
         start += length
     return torch.cat(outs), torch.cat(lses, dim=1)
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    shift: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    dropout_factor: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """``dropout_factor``: what dropout multiplies each element by (0, or 1 / share kept)."""
+    z = x if bias is None else x + bias
+    if dropout_factor is not None:
+        z = z * dropout_factor
+    if residual is not None:
+        z = z + residual
+    centred = z - z.mean(-1, keepdim=True)
+    variance = centred.square().mean(-1, keepdim=True)
+    return centred / torch.sqrt(variance + eps) * weight + shift

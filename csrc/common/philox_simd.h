@@ -52,24 +52,64 @@ inline vu iota() {
   return lanes;
 }
 
+// Counters in 64-bit lanes: a 32 × 32 → 64 bit multiplication gives both halves of a product at
+// once, and a word is whatever stands in the lower half of its lane.
+typedef uint64_t vu64 __attribute__((vector_size(kLanes * 4)));
+
+inline vu64 multiply_lower(vu64 a, uint64_t m) {
+#if defined(__AVX512F__)
+  return (vu64)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(static_cast<int64_t>(m)));
+#elif defined(__AVX2__)
+  return (vu64)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(static_cast<int64_t>(m)));
+#else
+  return (a & 0xffffffffu) * m;
+#endif
+}
+
+// The calls first, first + 1, ... , first + kLanes/2 - 1, written out in order, four words each.
+inline void philox_in_order(uint64_t seed, uint64_t first, uint32_t c1, uint32_t c2, uint32_t c3,
+                            bool index_is_64_bit, uint16_t* out) {
+  // Even lanes hold the first half of the calls, odd lanes the second: interleaving the finished
+  // pairs of words within 128 bits then puts the calls in order.
+  vu64 index{};
+  for (int i = 0; i < kLanes / 2; ++i) {
+    index[i] = static_cast<uint64_t>(i / 2 + (i & 1) * (kLanes / 4));
+  }
+  index += first;
+  vu64 a = index, c = vu64{} + c2, d = vu64{} + c3;
+  vu64 b = index_is_64_bit ? index >> 32 : vu64{} + c1;
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    const vu64 p0 = multiply_lower(a, kPhiloxM0), p1 = multiply_lower(c, kPhiloxM1);
+    a = (p1 >> 32) ^ b ^ k0;
+    c = (p0 >> 32) ^ d ^ k1;
+    b = p1;
+    d = p0;
+    k0 += kPhiloxW0;
+    k1 += kPhiloxW1;
+  }
+  const vu64 ab = (b << 32) | (a & 0xffffffffu), cd = (d << 32) | (c & 0xffffffffu);
+#if defined(__AVX512F__)
+  const __m512i halves[2] = {_mm512_unpacklo_epi64((__m512i)ab, (__m512i)cd),
+                             _mm512_unpackhi_epi64((__m512i)ab, (__m512i)cd)};
+  memcpy(out, halves, sizeof(halves));
+#elif defined(__AVX2__)
+  const __m256i halves[2] = {_mm256_unpacklo_epi64((__m256i)ab, (__m256i)cd),
+                             _mm256_unpackhi_epi64((__m256i)ab, (__m256i)cd)};
+  memcpy(out, halves, sizeof(halves));
+#else
+  const uint64_t words[4] = {ab[0], cd[0], ab[1], cd[1]};
+  memcpy(out, words, sizeof(words));
+#endif
+}
+
 // The 16-bit numbers of kLanes consecutive calls, c0 = first, first + 1, ...: what decides over
-// dropout for 8·kLanes consecutive elements, in their order.
+// dropout for 8·kLanes consecutive elements, in their order. With a 64-bit index, its upper half is
+// the second counter word in place of c1.
 inline void half_words(uint64_t seed, uint64_t first, uint32_t c1, uint32_t c2, uint32_t c3,
                        uint16_t* out, bool index_is_64_bit = true) {
-  const vu low = set_u(static_cast<uint32_t>(first)) + iota();
-  vu high = set_u(c1);
-  if (index_is_64_bit) {
-    const vu carry = (vu)(low < set_u(static_cast<uint32_t>(first)));
-    high = set_u(static_cast<uint32_t>(first >> 32)) - carry;
-  }
-  const Philox4v r = philox(seed, low, high, set_u(c2), set_u(c3));
-  uint32_t words[4][kLanes];
-  for (int w = 0; w < 4; ++w) memcpy(words[w], &r.word[w], sizeof(vu));
-  uint32_t interleaved[kLanes * 4];
-  for (int lane = 0; lane < kLanes; ++lane) {
-    for (int w = 0; w < 4; ++w) interleaved[lane * 4 + w] = words[w][lane];
-  }
-  memcpy(out, interleaved, sizeof(interleaved));
+  philox_in_order(seed, first, c1, c2, c3, index_is_64_bit, out);
+  philox_in_order(seed, first + kLanes / 2, c1, c2, c3, index_is_64_bit, out + 4 * kLanes);
 }
 
 }  // namespace metro::METRO_CPU_NS

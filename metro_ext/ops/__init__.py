@@ -13,5 +13,6 @@ import torch  # noqa: F401  (the binary resolves libtorch through the process th
 from metro_ext import _C
 from metro_ext.ops.attention import attention, relative_bias
 from metro_ext.ops.gelu import bias_gelu
+from metro_ext.ops.layer_norm import layer_norm
 
-__all__ = ["_C", "attention", "bias_gelu", "relative_bias"]
+__all__ = ["_C", "attention", "bias_gelu", "layer_norm", "relative_bias"]
