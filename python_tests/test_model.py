@@ -103,7 +103,10 @@ def test_initialisation_depends_on_seed_and_name_alone():
 def test_relative_bias_start():
     local = relative_bias_start(dataclasses.replace(CONFIG, heads=4, hidden=32))
     assert torch.count_nonzero(local[:, 3]) == 0
-    assert local[3, 0] == -3.0 and local[16 + 3, 0] == -3.0
+    # Bucket 3 is three tokens to the left, 16 + 3 to the right; head 0 looks left, head 1 right.
+    assert local[3, 0] == local[16 + 3, 1] == -2.0
+    assert local[16 + 3, 0] == local[3, 1] == -2.0 - 4.0
+    assert local[0, 0] == -2.0 and local[1, 0] == 0.0 and local[3, 2] == -1.0
     zero = relative_bias_start(dataclasses.replace(CONFIG, relative_bias_init="zero"))
     assert torch.count_nonzero(zero) == 0
 

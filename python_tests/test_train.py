@@ -1,8 +1,8 @@
 """The command line as a user meets it: runs, resumes, is killed, is given bad input."""
 
 import json
-import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,50 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from training_runs import ENVIRONMENT, command, train
 
 import metro_ext
 from metro_ext.checkpoint import checkpoint_steps, load_checkpoint
-from metro_ext.sample_text import sample_paths
-
-TINY = [
-    "--model.layers=1", "--model.hidden=32", "--model.ffn=64", "--model.aux_layers=1",
-    "--model.heads=2", "--model.sequence_length=32", "--run.tokens_per_batch=256",
-    "--data.vocab_size=400", "--run.log_interval=3", "--run.eval_batches=2",
-    "--run.eval_interval=8", "--run.checkpoint_interval=4", "--optim.warmup_steps=5",
-]  # fmt: skip
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-@pytest.fixture(scope="session")
-def text(tmp_path_factory) -> list[str]:
-    """A training and a held-out text of a few pages."""
-    folder = tmp_path_factory.mktemp("text")
-    for path, size in zip(sample_paths(), (60_000, 20_000), strict=True):
-        words = path.read_text(encoding="utf-8")[:size]
-        (folder / path.name).write_text(words, encoding="utf-8")
-    train, valid = (str(folder / path.name) for path in sample_paths())
-    return [f"--data.train={train}", f"--data.valid={valid}"]
-
-
-def command(folder, *options) -> list[str]:
-    return [sys.executable, "-m", "metro_ext.train", "--run", str(folder), *TINY, *options]
-
-
-def train(folder, *options, code=0) -> subprocess.CompletedProcess:
-    done = subprocess.run(
-        command(folder, *options), capture_output=True, text=True, env=ENVIRONMENT, timeout=300
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    return done
-
-
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory, text) -> Path:
-    """A whole run of 20 steps."""
-    folder = tmp_path_factory.mktemp("runs") / "unbroken"
-    done = train(folder, "--steps", "20", *text)
-    assert "20/20" in done.stdout and "try next" in done.stdout
-    return folder
 
 
 def bits(folder: Path) -> dict:
@@ -213,8 +173,6 @@ def test_another_configuration_on_the_same_folder(finished, text):
 
 
 def test_all_checkpoints_damaged(finished, text, tmp_path):
-    import shutil
-
     folder = tmp_path / "copy"
     shutil.copytree(finished, folder)
     for path in folder.glob("checkpoints/*/tensors.safetensors"):
@@ -226,8 +184,6 @@ def test_all_checkpoints_damaged(finished, text, tmp_path):
 
 
 def test_the_newest_checkpoint_damaged_falls_back(finished, text, tmp_path):
-    import shutil
-
     folder = tmp_path / "copy"
     shutil.copytree(finished, folder)
     path = folder / "checkpoints" / "step-00000020" / "tensors.safetensors"
