@@ -132,62 +132,49 @@ void pack_keys(const AttentionParams& p, const Geometry& g, const Item& item, in
   transpose_units(rows, g.units, kTile, g.units, to->values, kTile);
 }
 
-// A vector of one row of scores, and what it becomes.
-struct Gradients {
-  vf prob;  // with dropout, as it multiplied the values
-  vf grad_score;
-};
-
-inline Gradients score_gradients(vf score, vf grad_prob, vf lse, vf delta, vi valid) {
-  const vf prob = select(valid, exp2(score - lse), vf{});
-  return {prob, prob * (grad_prob - delta)};
-}
-
-inline Gradients score_gradients(vf score, vf grad_prob, vf lse, vf delta, vi valid, vi kept,
-                                 float scale) {
-  const vf prob = select(valid, exp2(score - lse), vf{});
-  return {select(kept, prob * scale, vf{}), prob * (select(kept, grad_prob * scale, vf{}) - delta)};
-}
-
-// Scores and gradients of probabilities of one strip of queries -> tile. `query` counts from the
-// start of the sequence, `row` from the start of the tile.
-template <typename U>
+// One strip of queries: from scores and gradients of probabilities [kStripRows, kTile] to the strip
+// of `tile` from `row` on. `query` counts from the start of the sequence. kFull: a whole tile of
+// keys.
+template <bool kFull, typename U>
 void finish_strip(const AttentionBackwardParams& p, const Geometry& g, const Item& item,
                   const Packed<U>& packed, const KeyTile<U>& key, const AttentionDropout& dropout,
                   int64_t query, int64_t row, const float* scores, const float* grad_probs,
                   ScoreTile<U>* tile) {
-  const int vectors = static_cast<int>((key.count + kLanes - 1) / kLanes);
-  for (int64_t r = 0; r < kStripRows; r += 2) {
-    uint64_t kept[2];
-    for (int64_t k = 0; k < 2 && dropout.on; ++k) {
-      kept[k] = kept_keys(dropout, key.first, item.start + query + r + k, item.head);
-    }
+  const int vectors = kFull ? kTileVectors : static_cast<int>((key.count + kLanes - 1) / kLanes);
+  const bool with_bias = p.forward.bias != nullptr;
+  KeptBits kept{};
+  if (dropout.on) kept = kept_keys(dropout, key.first, item.start + query, item.head);
+  for (int r = 0; r < kStripRows; r += 2) {
     for (int v = 0; v < vectors; ++v) {
       const int64_t col = v * kLanes;
-      const vi valid = lanes_below(col, key.count);
-      Gradients out[2];
-      for (int64_t k = 0; k < 2; ++k) {
+      vf probs[2], grad_scores[2];
+      for (int k = 0; k < 2; ++k) {
         const int64_t i = query + r + k;
         const int64_t at = (r + k) * kTile + col;
-        const vf bias = load(packed.bias + key.first + col - i + item.padded);
+        const int64_t offset = key.first + col + item.padded;
+        const vf bias = load(packed.bias + offset - i);
         const vf score = fma(load(scores + at), set(g.scale * kLog2E), bias);
-        const vf lse = set(packed.lse[i]), delta = set(packed.delta[i]);
-        out[k] = dropout.on ? score_gradients(score, load(grad_probs + at), lse, delta, valid,
-                                              kept_lanes(kept[k], v), dropout.scale)
-                            : score_gradients(score, load(grad_probs + at), lse, delta, valid);
-        if constexpr (kDepth<U> > 1) {
-          store_column_units(tile->grad_scores_rows + (row + r + k) * (kTile / kDepth<U>), col,
-                             out[k].grad_score);
+        vf prob = exp2(score - packed.lse[i]);
+        if (!kFull) prob = select(lanes_below(col, key.count), prob, vf{});
+        vf grad_prob = load(grad_probs + at);
+        probs[k] = prob;
+        if (dropout.on) {
+          probs[k] = keep(prob * dropout.scale, kept.row[r + k], v);
+          grad_prob = keep(grad_prob * dropout.scale, kept.row[r + k], v);
         }
-        if (p.forward.bias != nullptr) {
+        grad_scores[k] = prob * (grad_prob - packed.delta[i]);
+        if constexpr (kDepth<U> > 1) {
+          U* rows = tile->grad_scores_rows + (row + r + k) * (kTile / kDepth<U>);
+          store_column_units(rows, col, grad_scores[k]);
+        }
+        if (with_bias) {
           const int64_t bank = i % kBanks;
-          float* sums =
-              packed.banks + bank * g.bank_stride + item.padded + key.first + col - (i - bank);
-          store(sums, load(sums) + out[k].grad_score);
+          float* sums = packed.banks + bank * g.bank_stride + offset - (i - bank);
+          store(sums, load(sums) + grad_scores[k]);
         }
       }
-      store_row_units(tile->probs, kTile, row + r, col, out[0].prob, out[1].prob);
-      store_row_units(tile->grad_scores, kTile, row + r, col, out[0].grad_score, out[1].grad_score);
+      store_row_units(tile->probs, kTile, row + r, col, probs[0], probs[1]);
+      store_row_units(tile->grad_scores, kTile, row + r, col, grad_scores[0], grad_scores[1]);
     }
   }
 }
@@ -207,8 +194,8 @@ void process_tile(const AttentionBackwardParams& p, const Geometry& g, const Ite
                      kStripRows, key->count, false);
     multiply_tile<U>({packed.grads + at, g.units, 1}, key->values, kTile, g.units, grad_probs,
                      kTile, kStripRows, key->count, false);
-    finish_strip(p, g, item, packed, *key, dropout, first_query + row, row, scores, grad_probs,
-                 &tile);
+    const auto finish = key->count == kTile ? finish_strip<true, U> : finish_strip<false, U>;
+    finish(p, g, item, packed, *key, dropout, first_query + row, row, scores, grad_probs, &tile);
   }
   const int64_t query_units = queries / kDepth<U>;
   const int64_t key_units = (key->count + kDepth<U> - 1) / kDepth<U>;

@@ -33,18 +33,6 @@ struct Geometry {
   float scale;    // of scores, log2 e included
 };
 
-// x[v] = scores + bias of a row; lanes past the last key become -inf.
-inline void biased_scores(const float* scores, const float* bias, float scale, int vectors,
-                          int64_t count, vf* x) {
-  for (int v = 0; v < vectors; ++v) {
-    x[v] = fma(load(scores + v * kLanes), set(scale), load(bias + v * kLanes));
-  }
-  if (count < vectors * kLanes) {
-    const int v = vectors - 1;
-    x[v] = select(lanes_below(v * kLanes, count), x[v], set(-__builtin_inff()));
-  }
-}
-
 template <typename U>
 inline void raise_reference(QueryTile<U>* tile, int64_t row, float highest, int64_t dim) {
   const vf factor = exp2(set(tile->reference[row] - highest));
@@ -54,48 +42,52 @@ inline void raise_reference(QueryTile<U>* tile, int64_t row, float highest, int6
   for (int64_t col = 0; col < dim; col += kLanes) store(sums + col, load(sums + col) * factor);
 }
 
-// Turns a row of scores into probabilities relative to the row's reference.
-template <typename U>
-inline void softmax_row(QueryTile<U>* tile, int64_t row, int vectors, int64_t dim, vf* x) {
-  vf top = x[0];
-  for (int v = 1; v < vectors; ++v) top = max(top, x[v]);
+// Turns a row of scores [key.count] into probabilities relative to the row's reference. `bias` is
+// that of the first key. kFull: a whole tile of keys, whose vectors then stay in registers.
+template <bool kFull, typename U>
+inline void softmax_row(const Geometry& g, const KeyTile<U>& key, const float* scores,
+                        const float* bias, const AttentionDropout& dropout, uint64_t kept,
+                        int64_t row, QueryTile<U>* tile, U* probs) {
+  const int vectors = kFull ? kTileVectors : static_cast<int>((key.count + kLanes - 1) / kLanes);
+  vf x[kTileVectors];
+  vf top = set(kLowest);
+  for (int v = 0; v < vectors; ++v) {
+    x[v] = fma(load(scores + v * kLanes), set(g.scale), load(bias + v * kLanes));
+    if (!kFull) x[v] = select(lanes_below(v * kLanes, key.count), x[v], set(-__builtin_inff()));
+    top = max(top, x[v]);
+  }
   if (any(top > tile->reference[row] + kSlack)) {
-    raise_reference(tile, row, reduce_max(top), dim);
+    raise_reference(tile, row, reduce_max(top), g.dim);
   }
   const vf reference = set(tile->reference[row]);
-  vf sum{};
+  vf sum = tile->normalizer[row];
   for (int v = 0; v < vectors; ++v) {
-    x[v] = exp2(x[v] - reference);
-    sum += x[v];
+    const vf prob = exp2(x[v] - reference);
+    sum += prob;
+    store_column_units(probs, v * kLanes, dropout.on ? keep(prob, kept, v) : prob);
   }
-  tile->normalizer[row] += sum;
+  tile->normalizer[row] = sum;
 }
 
 template <typename U>
 void process_tile(const Geometry& g, const Item& item, const KeyTile<U>& key, int64_t first_query,
                   int64_t queries, const float* bias, const AttentionDropout& dropout,
                   QueryTile<U>* tile) {
-  const int vectors = static_cast<int>((key.count + kLanes - 1) / kLanes);
   alignas(64) float scores[kStripRows * kTile];
   alignas(64) U probs[kStripRows * kTile];
   constexpr int64_t kRowUnits = kTile / kDepth<U>;
+  const int64_t depth = (key.count + kDepth<U> - 1) / kDepth<U>;
   for (int64_t row = 0; row < queries; row += kStripRows) {
     multiply_tile<U>({tile->queries + row * g.units, g.units, 1}, key.keys, kTile, g.units, scores,
                      kTile, kStripRows, key.count, false);
-    for (int64_t r = row; r < row + kStripRows; ++r) {
-      const int64_t query = first_query + r;
-      vf x[kTileVectors];
-      biased_scores(scores + (r - row) * kTile, bias + key.first - query + item.padded, g.scale,
-                    vectors, key.count, x);
-      softmax_row(tile, r, vectors, g.dim, x);
-      if (dropout.on) {
-        const uint64_t kept = kept_keys(dropout, key.first, item.start + query, item.head);
-        for (int v = 0; v < vectors; ++v) x[v] = select(kept_lanes(kept, v), x[v], vf{});
-      }
-      U* row_probs = probs + (r - row) * kRowUnits;
-      for (int v = 0; v < vectors; ++v) store_column_units(row_probs, v * kLanes, x[v]);
+    const int64_t query = first_query + row;
+    KeptBits kept{};
+    if (dropout.on) kept = kept_keys(dropout, key.first, item.start + query, item.head);
+    const auto softmax = key.count == kTile ? softmax_row<true, U> : softmax_row<false, U>;
+    for (int64_t r = 0; r < kStripRows; ++r) {
+      softmax(g, key, scores + r * kTile, bias + key.first - (query + r) + item.padded, dropout,
+              kept.row[r], row + r, tile, probs + r * kRowUnits);
     }
-    const int64_t depth = (key.count + kDepth<U> - 1) / kDepth<U>;
     multiply_tile<U>({probs, kRowUnits, 1}, key.values, g.dim, depth, tile->sums + row * g.dim,
                      g.dim, kStripRows, g.dim, true);
   }

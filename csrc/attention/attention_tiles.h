@@ -1,9 +1,9 @@
-// What the forward and the backward CPU kernel share: work items, scores, dropout.
+// What the forward and the backward CPU kernel share: work items and scores.
 #pragma once
 
 #include "attention/attention.h"
+#include "attention/attention_dropout.h"
 #include "common/parallel.h"
-#include "common/philox_simd.h"
 #include "common/tile_gemm.h"
 
 namespace metro::METRO_CPU_NS {
@@ -90,51 +90,9 @@ inline void load_bias(const AttentionParams& p, const Item& item, float* out) {
   for (int64_t x = 1 - item.length; x < item.length; ++x) out[x + item.padded] = centre[x] * kLog2E;
 }
 
-// Lanes [begin, begin + kLanes) that lie below `end`.
+// Of the vector of columns from `begin` on, the lanes of columns below `end`.
 inline vi lanes_below(int64_t begin, int64_t end) {
   return (vi)iota() < static_cast<int32_t>(end - begin);
-}
-
-// ---- Dropout ----
-
-struct AttentionDropout {
-  bool on;
-  uint32_t threshold;
-  float scale;
-  uint64_t seed;
-  uint32_t purpose;
-};
-
-inline AttentionDropout attention_dropout(const AttentionParams& p) {
-  const Dropout d = make_dropout(p.p);
-  const bool on = d.threshold > 0;
-  return {on, d.threshold, on ? d.scale : 1.0f, on ? static_cast<uint64_t>(*p.seed) : 0,
-          counter_word(Purpose::kAttentionDropout, p.draw)};
-}
-
-// Bit k of the result: the probability of key `first_key` + k is kept; first_key is a multiple of
-// 64, `token` the packed index of the query.
-inline uint64_t kept_keys(const AttentionDropout& d, int64_t first_key, int64_t token,
-                          int64_t head) {
-  if (d.threshold > 0xffffu) return 0;
-  const uint32_t c0 = static_cast<uint32_t>(first_key / 8), c1 = static_cast<uint32_t>(token);
-  const uint32_t c3 = static_cast<uint32_t>(head);
-  uint16_t numbers[64];
-  uint64_t bits = 0;
-  constexpr int kNumbers = 8 * kLanes;
-  uint16_t call[kNumbers];
-  for (int at = 0; at < 64; at += kNumbers) {
-    half_words(d.seed, c0 + at / 8, c1, d.purpose, c3, call, false);
-    memcpy(numbers + at, call, kNumbers < 64 ? sizeof(call) : sizeof(numbers));
-  }
-  for (int k = 0; k < 64; ++k) bits |= static_cast<uint64_t>(numbers[k] >= d.threshold) << k;
-  return bits;
-}
-
-// The lanes of vector v of a tile's row whose bit is set.
-inline vi kept_lanes(uint64_t bits, int v) {
-  const vu word = set_u(static_cast<uint32_t>(bits >> (v * kLanes)));
-  return (vi)((word >> iota()) & 1u) != 0;
 }
 
 }  // namespace metro::METRO_CPU_NS

@@ -4,6 +4,11 @@
 #include "common/philox.h"
 #include "common/simd.h"
 
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // inside GCC 12's own AVX-512 header
+#endif
+
 namespace metro::METRO_CPU_NS {
 
 struct Philox4v {
@@ -112,4 +117,20 @@ inline void half_words(uint64_t seed, uint64_t first, uint32_t c1, uint32_t c2, 
   philox_in_order(seed, first + kLanes / 2, c1, c2, c3, index_is_64_bit, out + 4 * kLanes);
 }
 
+// Where the 16-bit numbers are at least `threshold`: the elements that dropout keeps.
+inline vi at_least(const uint16_t* numbers, uint32_t threshold) {
+  vu16 half;
+  memcpy(&half, numbers, sizeof(half));
+#if defined(__AVX512F__)
+  const vu wide = (vu)_mm512_cvtepu16_epi32((__m256i)half);
+#else
+  const vu wide = __builtin_convertvector(half, vu);
+#endif
+  return (vi)(wide >= set_u(threshold));
+}
+
 }  // namespace metro::METRO_CPU_NS
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif

@@ -9,46 +9,53 @@ namespace {
 // Below this many elements a second thread costs more than it saves.
 constexpr int64_t kGrainElements = 16384;
 
-// Dropout for kLanes consecutive elements.
-struct Keep {
-  vi mask;
-  float scale;
+// Sums run in this many independent chains, which hides the latency of the additions.
+constexpr int kChains = 4;
 
-  vf operator()(vf x) const { return select(mask, x * scale, vf{}); }
-};
+#define METRO_INLINE __attribute__((always_inline))
 
-struct KeepAll {
-  vf operator()(vf x) const { return x; }
-};
-
-// Calls body(col, left, keep) for the vectors of a row; `left` elements of the vector, or kLanes
-// if that is fewer, are to be read and written.
+// Calls body(col, left, chain) for the vectors of the columns begin..end; `left` elements of the
+// vector, or kLanes if that is fewer, are to be read and written.
 template <typename Body>
-inline void each_vector(int64_t cols, const Body& body) {
-  for (int64_t col = 0; col < cols; col += kLanes) body(col, cols - col, KeepAll{});
+METRO_INLINE inline void each_vector(int64_t begin, int64_t end, const Body& body) {
+  int64_t col = begin;
+  for (; col + kChains * kLanes <= end; col += kChains * kLanes) {
+#pragma GCC unroll 4
+    for (int chain = 0; chain < kChains; ++chain) body(col + chain * kLanes, kLanes, chain);
+  }
+  for (; col < end; col += kLanes) body(col, end - col, 0);
 }
 
-// The same with dropout. One batch of random numbers serves 8·kLanes elements; rows whose length is
-// no multiple of 8 begin inside a Philox call, and their first batch is that much shorter.
+METRO_INLINE inline float reduce_chains(const vf* sums) {
+  return reduce_add((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+// Calls body(col, left, chain, keep) for the vectors of a row, where keep(x) is x after dropout.
+// One batch of random numbers serves 8·kLanes elements; rows whose length is no multiple of 8 begin
+// inside a Philox call, and their first batch is that much shorter.
 template <typename Params, typename Body>
-inline void each_vector_with_dropout(const Params& p, int64_t row, const Body& body) {
-  const vu threshold = set_u(p.dropout.threshold);
+METRO_INLINE inline void each_vector_with_dropout(const Params& p, int64_t row, const Body& body) {
+  if (p.seed == nullptr) {
+    each_vector(0, p.cols, [&](int64_t col, int64_t left, int chain) METRO_INLINE {
+      body(col, left, chain, [](vf x) METRO_INLINE { return x; });
+    });
+    return;
+  }
+  const vf scale = set(p.dropout.scale);
+  const uint64_t seed = static_cast<uint64_t>(*p.seed);
   const uint32_t purpose = counter_word(Purpose::kHiddenDropout, p.draw);
   uint16_t numbers[9 * kLanes] = {};  // a last partial vector reads past the batch
-  for (int64_t col = 0; col < p.cols;) {
-    const int64_t element = row * p.cols + col;
+  for (int64_t begin = 0; begin < p.cols;) {
+    const int64_t element = row * p.cols + begin;
     const int64_t offset = element % 8;
-    const int64_t batch_end = col + 8 * kLanes - offset;
+    const int64_t batch_end = begin + 8 * kLanes - offset;
     const int64_t end = batch_end < p.cols ? batch_end : p.cols;
-    half_words(static_cast<uint64_t>(*p.seed), static_cast<uint64_t>(element / 8), 0, purpose, 0,
-               numbers);
-    for (const uint16_t* number = numbers + offset; col < end; col += kLanes, number += kLanes) {
-      vu16 drawn;
-      memcpy(&drawn, number, sizeof(drawn));
-      const vi mask = (vi)(__builtin_convertvector(drawn, vu) >= threshold);
-      body(col, end - col, Keep{mask, p.dropout.scale});
-    }
-    col = end;
+    half_words(seed, static_cast<uint64_t>(element / 8), 0, purpose, 0, numbers);
+    each_vector(begin, end, [&](int64_t col, int64_t left, int chain) METRO_INLINE {
+      const vi kept = at_least(numbers + offset + (col - begin), p.dropout.threshold);
+      body(col, left, chain, [&](vf x) METRO_INLINE { return select(kept, x * scale, vf{}); });
+    });
+    begin = end;
   }
 }
 
@@ -58,18 +65,18 @@ void normalize_row(const LayerNormParams& p, int64_t row, float total) {
   T* out = static_cast<T*>(p.out) + row * p.cols;
   const float cols = static_cast<float>(p.cols);
   const float rough_mean = total / cols;
-  vf errors{}, squares{};
-  each_vector(p.cols, [&](int64_t col, int64_t left, KeepAll) {
+  vf errors[kChains] = {}, squares[kChains] = {};
+  each_vector(0, p.cols, [&](int64_t col, int64_t left, int chain) METRO_INLINE {
     const vf centred = load_upto(sum + col, left, rough_mean) - rough_mean;
-    errors += centred;
-    squares = fma(centred, centred, squares);
+    errors[chain] += centred;
+    squares[chain] = fma(centred, centred, squares[chain]);
   });
   // What is left of the centred values' sum corrects the mean for the rounding of its long sum.
-  const float error = reduce_add(errors) / cols;
+  const float error = reduce_chains(errors) / cols;
   const float mean = rough_mean + error;
-  const float variance = reduce_add(squares) / cols - error * error;
+  const float variance = reduce_chains(squares) / cols - error * error;
   const float rstd = 1.0f / __builtin_sqrtf((variance < 0.0f ? 0.0f : variance) + p.eps);
-  each_vector(p.cols, [&](int64_t col, int64_t left, KeepAll) {
+  each_vector(0, p.cols, [&](int64_t col, int64_t left, int) METRO_INLINE {
     const vf x_hat = (load_upto(sum + col, left) - mean) * rstd;
     const vf weight = load_upto(p.weight + col, left), shift = load_upto(p.shift + col, left);
     store_upto(out + col, fma(x_hat, weight, shift), left);
@@ -83,21 +90,17 @@ void forward_row(const LayerNormParams& p, int64_t row) {
   const T* x = static_cast<const T*>(p.x) + row * p.cols;
   const T* residual = static_cast<const T*>(p.residual) + row * p.cols;
   T* sum = static_cast<T*>(p.sum) + row * p.cols;
-  vf total{};
-  const auto add = [&](int64_t col, int64_t left, auto keep) {
-    vf z = load_upto(x + col, left);
-    if (p.bias != nullptr) z += load_upto(p.bias + col, left);
-    z = keep(z);
-    if (p.residual != nullptr) z += load_upto(residual + col, left);
-    store_upto(sum + col, z, left);
-    total += load_upto(sum + col, left);
-  };
-  if (p.seed != nullptr) {
-    each_vector_with_dropout(p, row, add);
-  } else {
-    each_vector(p.cols, add);
-  }
-  normalize_row<T>(p, row, reduce_add(total));
+  vf totals[kChains] = {};
+  each_vector_with_dropout(p, row,
+                           [&](int64_t col, int64_t left, int chain, auto keep) METRO_INLINE {
+                             vf z = load_upto(x + col, left);
+                             if (p.bias != nullptr) z += load_upto(p.bias + col, left);
+                             z = keep(z);
+                             if (p.residual != nullptr) z += load_upto(residual + col, left);
+                             store_upto(sum + col, z, left);
+                             totals[chain] += load_upto(sum + col, left);
+                           });
+  normalize_row<T>(p, row, reduce_chains(totals));
 }
 
 template <typename T>
@@ -119,19 +122,19 @@ void backward_row(const LayerNormBackwardParams& p, int64_t row, float* sums) {
   float* shift_sums = sums + p.cols;
   float* bias_sums = sums + 2 * p.cols;
   const float mean = p.mean[row], rstd = p.rstd[row];
-  vf g_total{}, gx_total{};
-  each_vector(p.cols, [&](int64_t col, int64_t left, KeepAll) {
+  vf g_totals[kChains] = {}, gx_totals[kChains] = {};
+  each_vector(0, p.cols, [&](int64_t col, int64_t left, int chain) METRO_INLINE {
     const vf grad = load_upto(grad_out + col, left);
     const vf x_hat = (load_upto(sum + col, left) - mean) * rstd;
     const vf g = grad * load_upto(p.weight + col, left);
-    g_total += g;
-    gx_total = fma(g, x_hat, gx_total);
+    g_totals[chain] += g;
+    gx_totals[chain] = fma(g, x_hat, gx_totals[chain]);
     store_upto(weight_sums + col, fma(grad, x_hat, load_upto(weight_sums + col, left)), left);
     store_upto(shift_sums + col, load_upto(shift_sums + col, left) + grad, left);
   });
-  const float g_mean = reduce_add(g_total) / static_cast<float>(p.cols);
-  const float gx_mean = reduce_add(gx_total) / static_cast<float>(p.cols);
-  const auto write = [&](int64_t col, int64_t left, auto keep) {
+  const float g_mean = reduce_chains(g_totals) / static_cast<float>(p.cols);
+  const float gx_mean = reduce_chains(gx_totals) / static_cast<float>(p.cols);
+  each_vector_with_dropout(p, row, [&](int64_t col, int64_t left, int, auto keep) METRO_INLINE {
     const vf x_hat = (load_upto(sum + col, left) - mean) * rstd;
     const vf g = load_upto(grad_out + col, left) * load_upto(p.weight + col, left);
     const vf grad_sum = rstd * (fma(x_hat, set(-gx_mean), g) - g_mean);
@@ -139,12 +142,7 @@ void backward_row(const LayerNormBackwardParams& p, int64_t row, float* sums) {
     const vf grad = keep(grad_sum);
     store_upto(grad_x + col, grad, left);
     store_upto(bias_sums + col, load_upto(bias_sums + col, left) + grad, left);
-  };
-  if (p.seed != nullptr) {
-    each_vector_with_dropout(p, row, write);
-  } else {
-    each_vector(p.cols, write);
-  }
+  });
 }
 
 // Adds up the blocks' partial sums in their order.
