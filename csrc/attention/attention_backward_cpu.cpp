@@ -97,14 +97,15 @@ void pack_queries(const AttentionBackwardParams& p, const Geometry& g, const Ite
   const T* out = static_cast<const T*>(f.out) + offset;
   for (int64_t i = 0; i < item.padded; i += kTile) {
     const int64_t count = item.length - i < kTile ? item.length - i : kTile;
+    const int64_t padded = attention_pad(count, kAttentionPad);
     const int64_t depth_at = i / kDepth<U> * g.dim;
-    pack_rows(queries + i * 3 * stride, 3 * stride, count, kTile, f.head_dim,
+    pack_rows(queries + i * 3 * stride, 3 * stride, count, padded, f.head_dim,
               to.queries + i * g.units, g.units);
-    pack_depth(queries + i * 3 * stride, 3 * stride, count, kTile, f.head_dim,
+    pack_depth(queries + i * 3 * stride, 3 * stride, count, padded, f.head_dim,
                to.queries_depth + depth_at, g.dim);
-    pack_rows(grads + i * stride, stride, count, kTile, f.head_dim, to.grads + i * g.units,
+    pack_rows(grads + i * stride, stride, count, padded, f.head_dim, to.grads + i * g.units,
               g.units);
-    pack_depth(grads + i * stride, stride, count, kTile, f.head_dim, to.grads_depth + depth_at,
+    pack_depth(grads + i * stride, stride, count, padded, f.head_dim, to.grads_depth + depth_at,
                g.dim);
   }
   const float* lse = f.lse + item.head * f.tokens + item.start;
@@ -122,14 +123,15 @@ void pack_keys(const AttentionParams& p, const Geometry& g, const Item& item, in
   const int64_t left = item.length - first;
   to->first = first;
   to->count = left < kTile ? left : kTile;
+  const int64_t padded = attention_pad(to->count, kAttentionPad);
   alignas(64) U rows[kTile * kAttentionMaxHeadDim];
   const T* keys = qkv_rows<T>(p, item, 1) + first * stride;
-  pack_rows(keys, stride, to->count, kTile, p.head_dim, rows, g.units);
-  transpose_units(rows, g.units, kTile, g.units, to->keys, kTile);
-  pack_depth(keys, stride, to->count, kTile, p.head_dim, to->keys_depth, g.dim);
+  pack_rows(keys, stride, to->count, padded, p.head_dim, rows, g.units);
+  transpose_units(rows, g.units, padded, g.units, to->keys, kTile);
+  pack_depth(keys, stride, to->count, padded, p.head_dim, to->keys_depth, g.dim);
   const T* values = qkv_rows<T>(p, item, 2) + first * stride;
-  pack_rows(values, stride, to->count, kTile, p.head_dim, rows, g.units);
-  transpose_units(rows, g.units, kTile, g.units, to->values, kTile);
+  pack_rows(values, stride, to->count, padded, p.head_dim, rows, g.units);
+  transpose_units(rows, g.units, padded, g.units, to->values, kTile);
 }
 
 // One strip of queries: from scores and gradients of probabilities [kStripRows, kTile] to the strip
@@ -241,7 +243,7 @@ void backward_item(const AttentionBackwardParams& p, const Item& item, void* scr
   using U = typename UnitOf<T>::type;
   const AttentionParams& f = p.forward;
   const Geometry g{f.head_dim / kDepth<U>, attention_pad(f.head_dim, kLanes), score_scale(f),
-                   2 * item.padded + 16};
+                   2 * item.padded + kAttentionPad};
   const Packed<U> packed = lay_out<U>(g, item, scratch);
   const AttentionDropout dropout = attention_dropout(f);
   pack_queries<T>(p, g, item, packed);

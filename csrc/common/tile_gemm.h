@@ -164,14 +164,12 @@ inline void pack_depth(const T* x, int64_t x_stride, int64_t rows, int64_t padde
   }
 }
 
+// The first n (all of them when n ≥ kLanes) 16-bit numbers, zero-extended; the rest 0.
 inline vu load_halves(const bf16* p, int64_t n) {
-  vu16 half{};
-  if (n >= kLanes) {
-    memcpy(&half, p, sizeof(half));
-  } else if (n > 0) {
-    memcpy(&half, p, static_cast<size_t>(n) * 2);
-  }
-  return __builtin_convertvector(half, vu);
+  if (n >= kLanes) return load_u16(p);
+  uint16_t lanes[kLanes] = {};
+  for (int64_t i = 0; i < n; ++i) lanes[i] = p[i].bits;
+  return load_u16(lanes);
 }
 
 inline void pack_depth(const bf16* x, int64_t x_stride, int64_t rows, int64_t padded_rows,
