@@ -143,37 +143,41 @@ void finish_strip(const AttentionBackwardParams& p, const Geometry& g, const Ite
                   int64_t query, int64_t row, const float* scores, const float* grad_probs,
                   ScoreTile<U>* tile) {
   const int vectors = kFull ? kTileVectors : static_cast<int>((key.count + kLanes - 1) / kLanes);
-  const bool with_bias = p.forward.bias != nullptr;
+  const vf scale = set(g.scale * kLog2E);
+  const bool drop = dropout.on, with_bias = p.forward.bias != nullptr;
   KeptBits kept{};
-  if (dropout.on) kept = kept_keys(dropout, key.first, item.start + query, item.head);
+  if (drop) kept = kept_keys(dropout, key.first, item.start + query, item.head);
   for (int r = 0; r < kStripRows; r += 2) {
+    const float* bias[2];
+    float* bank_sums[2];
+    vf lse[2], delta[2];
+    for (int k = 0; k < 2; ++k) {
+      const int64_t i = query + r + k;
+      const int64_t bank = i % kBanks;
+      bias[k] = packed.bias + key.first + item.padded - i;
+      bank_sums[k] = packed.banks + bank * g.bank_stride + key.first + item.padded - (i - bank);
+      lse[k] = set(packed.lse[i]);
+      delta[k] = set(packed.delta[i]);
+    }
     for (int v = 0; v < vectors; ++v) {
       const int64_t col = v * kLanes;
       vf probs[2], grad_scores[2];
       for (int k = 0; k < 2; ++k) {
-        const int64_t i = query + r + k;
         const int64_t at = (r + k) * kTile + col;
-        const int64_t offset = key.first + col + item.padded;
-        const vf bias = load(packed.bias + offset - i);
-        const vf score = fma(load(scores + at), set(g.scale * kLog2E), bias);
-        vf prob = exp2(score - packed.lse[i]);
+        vf prob = exp2(fma(load(scores + at), scale, load(bias[k] + col)) - lse[k]);
         if (!kFull) prob = select(lanes_below(col, key.count), prob, vf{});
         vf grad_prob = load(grad_probs + at);
         probs[k] = prob;
-        if (dropout.on) {
+        if (drop) {
           probs[k] = keep(prob * dropout.scale, kept.row[r + k], v);
           grad_prob = keep(grad_prob * dropout.scale, kept.row[r + k], v);
         }
-        grad_scores[k] = prob * (grad_prob - packed.delta[i]);
+        grad_scores[k] = prob * (grad_prob - delta[k]);
         if constexpr (kDepth<U> > 1) {
           U* rows = tile->grad_scores_rows + (row + r + k) * (kTile / kDepth<U>);
           store_column_units(rows, col, grad_scores[k]);
         }
-        if (with_bias) {
-          const int64_t bank = i % kBanks;
-          float* sums = packed.banks + bank * g.bank_stride + offset - (i - bank);
-          store(sums, load(sums) + grad_scores[k]);
-        }
+        if (with_bias) store(bank_sums[k] + col, load(bank_sums[k] + col) + grad_scores[k]);
       }
       store_row_units(tile->probs, kTile, row + r, col, probs[0], probs[1]);
       store_row_units(tile->grad_scores, kTile, row + r, col, grad_scores[0], grad_scores[1]);

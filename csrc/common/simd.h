@@ -13,7 +13,12 @@
 #include "common/types.h"
 
 #ifdef __AVX2__
+// GCC 12 warns about the undefined values inside its own AVX-512 intrinsics (GCC bug 105593).
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #endif
 
 #ifndef METRO_CPU_NS
@@ -42,8 +47,21 @@ inline vu float_to_bits(vf x) { return (vu)x; }
 
 // mask ? a : b, for the masks (all ones or all zeros per lane) that comparisons give.
 inline vf select(vi mask, vf a, vf b) { return mask ? a : b; }
-inline vf max(vf a, vf b) { return a > b ? a : b; }
-inline vf min(vf a, vf b) { return a < b ? a : b; }
+// b where either is NaN, as in the instruction.
+inline vf max(vf a, vf b) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+inline vf min(vf a, vf b) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_min_ps((__m512)a, (__m512)b);
+#else
+  return a < b ? a : b;
+#endif
+}
 
 // a · b + c, rounded once where the machine has a fused multiply-add.
 inline vf fma(vf a, vf b, vf c) {
