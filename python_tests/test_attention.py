@@ -28,6 +28,7 @@ CASES = [
     ([129], 2, 128),
     ([0, 77, 3, 2], 2, 96),
     ([66], 1, 104),
+    ([700], 1, 16),
 ]
 
 
@@ -68,8 +69,9 @@ def test_matches_reference(device, dtype, lengths, heads, head_dim, with_bias, p
 def test_log_sum_exp(device, dtype):
     lengths = [70, 3]
     qkv, bias, boundaries, _ = make_inputs(lengths, 2, 16, device, dtype, 70)
+    qkv.requires_grad_()
     lse = torch.ops.metro.attention(qkv, boundaries, bias, 70, None, 0.0, 0)[1]
-    expected = reference.attention(qkv.cpu().double(), bias.cpu().double(), lengths, 70)[1]
+    expected = reference.attention(qkv.detach().cpu().double(), bias.cpu().double(), lengths, 70)[1]
     assert lse.dtype == torch.float32 and not lse.requires_grad
     assert_close(lse, expected, dtype)
 
@@ -81,6 +83,20 @@ def test_large_scores_neither_overflow_nor_lose_the_maximum(device):
     qkv[:, :2] *= 4  # scores of some tens
     # The maximum of a row comes late: each tile of keys raises it.
     bias = torch.linspace(-100, 100, 2 * length - 1, device=device)[None]
+    check_against_reference(
+        lambda a, b: attention(a, boundaries, b, length),
+        lambda a, b: reference.attention(a, b, [length], length)[0],
+        [qkv, bias],
+        torch.float32,
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_bias_of_minus_infinity_masks(device):
+    length, window = 200, 20  # most tiles of most rows are masked whole
+    qkv, bias, boundaries, _ = make_inputs([length], 1, 16, device, torch.float32, length)
+    bias[:, : length - 1 - window] = -torch.inf
+    bias[:, length + window :] = -torch.inf
     check_against_reference(
         lambda a, b: attention(a, boundaries, b, length),
         lambda a, b: reference.attention(a, b, [length], length)[0],
@@ -291,7 +307,7 @@ def bucket_by_loop(relative, buckets, max_distance):
     return first + min(half - 1, max_exact + int(growth * np.float32(half - max_exact)))
 
 
-@pytest.mark.parametrize("buckets, max_distance", [(32, 128), (8, 20), (4, 2), (64, 256)])
+@pytest.mark.parametrize("buckets, max_distance", [(32, 128), (8, 20), (4, 2), (6, 10), (64, 256)])
 def test_relative_bias_against_loop(buckets, max_distance):
     length = 300
     table = torch.arange(buckets).float()[:, None] + torch.tensor([0.0, 1000.0])
@@ -303,9 +319,10 @@ def test_relative_bias_against_loop(buckets, max_distance):
     assert torch.equal(bias, torch.stack([expected, expected + 1000]))
 
 
-def test_relative_bias_known_buckets():
+@pytest.mark.parametrize("device", DEVICES)
+def test_relative_bias_known_buckets(device):
     # MPNet: 32 buckets, 128 positions; keys before the query use buckets 0-15, keys after 16-31.
-    bias = relative_bias(torch.arange(32).float()[:, None], 513, 128)[0]
+    bias = relative_bias(torch.arange(32.0, device=device)[:, None], 513, 128)[0]
     at = {0: 0, -1: 1, 1: 17, -7: 7, 7: 23, -8: 8, 8: 24, -16: 10, 16: 26, -127: 15, 512: 31}
     assert {r: int(bias[r + 512]) for r in at} == at
 
@@ -325,7 +342,7 @@ def test_relative_bias_symmetry_and_gradient():
 @pytest.mark.parametrize(
     "shape, length, distance, message",
     [
-        ((30, 2), 5, 128, "multiple of 4, found \\[30, 2\\]"),
+        ((31, 2), 5, 128, "even number of buckets, at least 4, found \\[31, 2\\]"),
         ((32,), 5, 128, "table must have shape"),
         ((32, 2), 0, 128, "max_seqlen must be at least 1, found 0"),
         ((32, 2), 5, 8, "max_distance must be more than .* \\(8\\), found 8"),

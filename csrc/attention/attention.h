@@ -26,6 +26,7 @@ namespace metro {
 
 constexpr int64_t kAttentionTile = 64;           // queries and keys of a tile of scores
 constexpr int64_t kAttentionMaxHeadDim = 128;    // head_dim is a multiple of 8 up to this
+constexpr int64_t kAttentionPad = 16;            // rows of packed matrices come in multiples
 constexpr int64_t kAttentionDiagonalBanks = 16;  // see attention_backward_cpu.cpp
 
 struct AttentionParams {
@@ -67,13 +68,14 @@ inline int64_t attention_pad(int64_t n, int64_t multiple) {
 
 // Bytes of scratch memory of a CPU worker; O(longest · head_dim). Units are 4 bytes (tile_gemm.h).
 inline int64_t attention_scratch(int64_t longest, int64_t head_dim, bool backward) {
-  const int64_t keys = attention_pad(longest, kAttentionTile);
-  const int64_t dim = attention_pad(head_dim, 16);
+  const int64_t rows = attention_pad(longest, kAttentionPad);
+  const int64_t tiled = attention_pad(longest, kAttentionTile);
+  const int64_t dim = attention_pad(head_dim, kAttentionPad);
   // Forward: kᵀ and v. Backward: q, qᵀ-packed, grad_out, its packed form and grad_q.
   const int64_t matrices = backward ? 5 : 2;
-  const int64_t banks = 1 + (backward ? kAttentionDiagonalBanks : 0);  // bias; its gradient
-  const int64_t rows = backward ? 2 * keys : 0;                        // lse and delta
-  return 4 * (matrices * keys * dim + banks * (2 * keys + 16) + rows);
+  const int64_t vectors = 1 + (backward ? kAttentionDiagonalBanks : 0);  // bias and its gradient
+  const int64_t row_values = backward ? 2 * rows : 0;                    // lse and delta
+  return 4 * (matrices * tiled * dim + vectors * (2 * rows + kAttentionPad) + row_values);
 }
 
 METRO_CPU_KERNEL(attention, AttentionParams)

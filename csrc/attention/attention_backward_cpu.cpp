@@ -97,14 +97,15 @@ void pack_queries(const AttentionBackwardParams& p, const Geometry& g, const Ite
   const T* out = static_cast<const T*>(f.out) + offset;
   for (int64_t i = 0; i < item.padded; i += kTile) {
     const int64_t count = item.length - i < kTile ? item.length - i : kTile;
+    const int64_t padded = attention_pad(count, kAttentionPad);
     const int64_t depth_at = i / kDepth<U> * g.dim;
-    pack_rows(queries + i * 3 * stride, 3 * stride, count, kTile, f.head_dim,
+    pack_rows(queries + i * 3 * stride, 3 * stride, count, padded, f.head_dim,
               to.queries + i * g.units, g.units);
-    pack_depth(queries + i * 3 * stride, 3 * stride, count, kTile, f.head_dim,
+    pack_depth(queries + i * 3 * stride, 3 * stride, count, padded, f.head_dim,
                to.queries_depth + depth_at, g.dim);
-    pack_rows(grads + i * stride, stride, count, kTile, f.head_dim, to.grads + i * g.units,
+    pack_rows(grads + i * stride, stride, count, padded, f.head_dim, to.grads + i * g.units,
               g.units);
-    pack_depth(grads + i * stride, stride, count, kTile, f.head_dim, to.grads_depth + depth_at,
+    pack_depth(grads + i * stride, stride, count, padded, f.head_dim, to.grads_depth + depth_at,
                g.dim);
   }
   const float* lse = f.lse + item.head * f.tokens + item.start;
@@ -122,14 +123,15 @@ void pack_keys(const AttentionParams& p, const Geometry& g, const Item& item, in
   const int64_t left = item.length - first;
   to->first = first;
   to->count = left < kTile ? left : kTile;
+  const int64_t padded = attention_pad(to->count, kAttentionPad);
   alignas(64) U rows[kTile * kAttentionMaxHeadDim];
   const T* keys = qkv_rows<T>(p, item, 1) + first * stride;
-  pack_rows(keys, stride, to->count, kTile, p.head_dim, rows, g.units);
-  transpose_units(rows, g.units, kTile, g.units, to->keys, kTile);
-  pack_depth(keys, stride, to->count, kTile, p.head_dim, to->keys_depth, g.dim);
+  pack_rows(keys, stride, to->count, padded, p.head_dim, rows, g.units);
+  transpose_units(rows, g.units, padded, g.units, to->keys, kTile);
+  pack_depth(keys, stride, to->count, padded, p.head_dim, to->keys_depth, g.dim);
   const T* values = qkv_rows<T>(p, item, 2) + first * stride;
-  pack_rows(values, stride, to->count, kTile, p.head_dim, rows, g.units);
-  transpose_units(rows, g.units, kTile, g.units, to->values, kTile);
+  pack_rows(values, stride, to->count, padded, p.head_dim, rows, g.units);
+  transpose_units(rows, g.units, padded, g.units, to->values, kTile);
 }
 
 // One strip of queries: from scores and gradients of probabilities [kStripRows, kTile] to the strip
@@ -141,37 +143,41 @@ void finish_strip(const AttentionBackwardParams& p, const Geometry& g, const Ite
                   int64_t query, int64_t row, const float* scores, const float* grad_probs,
                   ScoreTile<U>* tile) {
   const int vectors = kFull ? kTileVectors : static_cast<int>((key.count + kLanes - 1) / kLanes);
-  const bool with_bias = p.forward.bias != nullptr;
+  const vf scale = set(g.scale * kLog2E);
+  const bool drop = dropout.on, with_bias = p.forward.bias != nullptr;
   KeptBits kept{};
-  if (dropout.on) kept = kept_keys(dropout, key.first, item.start + query, item.head);
+  if (drop) kept = kept_keys(dropout, key.first, item.start + query, item.head);
   for (int r = 0; r < kStripRows; r += 2) {
+    const float* bias[2];
+    float* bank_sums[2];
+    vf lse[2], delta[2];
+    for (int k = 0; k < 2; ++k) {
+      const int64_t i = query + r + k;
+      const int64_t bank = i % kBanks;
+      bias[k] = packed.bias + key.first + item.padded - i;
+      bank_sums[k] = packed.banks + bank * g.bank_stride + key.first + item.padded - (i - bank);
+      lse[k] = set(packed.lse[i]);
+      delta[k] = set(packed.delta[i]);
+    }
     for (int v = 0; v < vectors; ++v) {
       const int64_t col = v * kLanes;
       vf probs[2], grad_scores[2];
       for (int k = 0; k < 2; ++k) {
-        const int64_t i = query + r + k;
         const int64_t at = (r + k) * kTile + col;
-        const int64_t offset = key.first + col + item.padded;
-        const vf bias = load(packed.bias + offset - i);
-        const vf score = fma(load(scores + at), set(g.scale * kLog2E), bias);
-        vf prob = exp2(score - packed.lse[i]);
+        vf prob = exp2(fma(load(scores + at), scale, load(bias[k] + col)) - lse[k]);
         if (!kFull) prob = select(lanes_below(col, key.count), prob, vf{});
         vf grad_prob = load(grad_probs + at);
         probs[k] = prob;
-        if (dropout.on) {
+        if (drop) {
           probs[k] = keep(prob * dropout.scale, kept.row[r + k], v);
           grad_prob = keep(grad_prob * dropout.scale, kept.row[r + k], v);
         }
-        grad_scores[k] = prob * (grad_prob - packed.delta[i]);
+        grad_scores[k] = prob * (grad_prob - delta[k]);
         if constexpr (kDepth<U> > 1) {
           U* rows = tile->grad_scores_rows + (row + r + k) * (kTile / kDepth<U>);
           store_column_units(rows, col, grad_scores[k]);
         }
-        if (with_bias) {
-          const int64_t bank = i % kBanks;
-          float* sums = packed.banks + bank * g.bank_stride + offset - (i - bank);
-          store(sums, load(sums) + grad_scores[k]);
-        }
+        if (with_bias) store(bank_sums[k] + col, load(bank_sums[k] + col) + grad_scores[k]);
       }
       store_row_units(tile->probs, kTile, row + r, col, probs[0], probs[1]);
       store_row_units(tile->grad_scores, kTile, row + r, col, grad_scores[0], grad_scores[1]);
@@ -241,7 +247,7 @@ void backward_item(const AttentionBackwardParams& p, const Item& item, void* scr
   using U = typename UnitOf<T>::type;
   const AttentionParams& f = p.forward;
   const Geometry g{f.head_dim / kDepth<U>, attention_pad(f.head_dim, kLanes), score_scale(f),
-                   2 * item.padded + 16};
+                   2 * item.padded + kAttentionPad};
   const Packed<U> packed = lay_out<U>(g, item, scratch);
   const AttentionDropout dropout = attention_dropout(f);
   pack_queries<T>(p, g, item, packed);

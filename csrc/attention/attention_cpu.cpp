@@ -115,10 +115,11 @@ void pack_keys_and_values(const AttentionParams& p, const Geometry& g, const Ite
   alignas(64) U rows[kTile * kAttentionMaxHeadDim];
   for (int64_t first = 0; first < item.length; first += kTile) {
     const int64_t count = item.length - first < kTile ? item.length - first : kTile;
-    pack_rows(qkv_rows<T>(p, item, 1) + first * stride, stride, count, kTile, p.head_dim, rows,
+    const int64_t padded = attention_pad(count, kAttentionPad);
+    pack_rows(qkv_rows<T>(p, item, 1) + first * stride, stride, count, padded, p.head_dim, rows,
               g.units);
-    transpose_units(rows, g.units, kTile, g.units, keys + first * g.units, kTile);
-    pack_depth(qkv_rows<T>(p, item, 2) + first * stride, stride, count, kTile, p.head_dim,
+    transpose_units(rows, g.units, padded, g.units, keys + first * g.units, kTile);
+    pack_depth(qkv_rows<T>(p, item, 2) + first * stride, stride, count, padded, p.head_dim,
                values + first / kDepth<U> * g.dim, g.dim);
   }
 }
@@ -129,8 +130,9 @@ void forward_item(const AttentionParams& p, const Item& item, void* scratch) {
   const Geometry g{p.head_dim / kDepth<U>, attention_pad(p.head_dim, kLanes),
                    score_scale(p) * kLog2E};
   U* keys = static_cast<U*>(scratch);
-  U* values = keys + item.padded * g.dim;
-  float* bias = reinterpret_cast<float*>(values + item.padded * g.dim);
+  const int64_t matrix = attention_pad(item.length, kTile) * g.dim;
+  U* values = keys + matrix;
+  float* bias = reinterpret_cast<float*>(values + matrix);
   pack_keys_and_values<T>(p, g, item, keys, values);
   load_bias(p, item, bias);
   const AttentionDropout dropout = attention_dropout(p);

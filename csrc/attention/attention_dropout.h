@@ -22,12 +22,14 @@ inline AttentionDropout attention_dropout(const AttentionParams& p) {
           counter_word(Purpose::kAttentionDropout, p.draw)};
 }
 
-// kept[r], bit k: the probability of query `token` + r (packed index) and key `first_key` + k (a
-// multiple of 64 + k, from the start of the sequence) is kept.
+// Of a strip of queries and a tile of keys: bit k of row[r] is set when the probability of query r
+// and key k is kept.
 struct KeptBits {
   uint64_t row[kStripRows];
 };
 
+// kept_keys: the strip whose first query is `token` (its packed index), the tile whose first key is
+// `first_key` (from the start of its sequence, a multiple of 64).
 #ifdef __AVX512BW__
 // A call of Philox to each 64-bit lane, whose high half may hold anything between rounds: that is
 // where the products come out, and the multiplication reads low halves only. The rows are

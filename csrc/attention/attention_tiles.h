@@ -10,6 +10,8 @@ namespace metro::METRO_CPU_NS {
 
 constexpr int64_t kTile = kAttentionTile;
 constexpr int kTileVectors = kTile / kLanes;
+static_assert(kAttentionPad % kLanes == 0 && kAttentionPad % kStripRows == 0 &&
+              kTile % kAttentionPad == 0);
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLn2 = 0.693147181f;
 
@@ -45,14 +47,14 @@ struct Item {
   int64_t head;
   int64_t start;   // first token
   int64_t length;  // tokens
-  int64_t padded;  // length rounded up to whole tiles
+  int64_t padded;  // length rounded up to kAttentionPad
 };
 
 inline Item attention_item(const AttentionParams& p, int64_t index) {
   const int64_t sequence = p.order[index / p.heads];
   const int64_t start = p.cu_seqlens[sequence];
   const int64_t length = p.cu_seqlens[sequence + 1] - start;
-  return {sequence, index % p.heads, start, length, attention_pad(length, kTile)};
+  return {sequence, index % p.heads, start, length, attention_pad(length, kAttentionPad)};
 }
 
 // Runs body(item, scratch) for every (sequence, head), longest sequence first, each on the next
@@ -84,7 +86,7 @@ inline float score_scale(const AttentionParams& p) {
 
 // out[j - i + padded] = bias(j - i) · log2 e; zero where no pair of tokens lies.
 inline void load_bias(const AttentionParams& p, const Item& item, float* out) {
-  for (int64_t x = 0; x < 2 * item.padded + 16; ++x) out[x] = 0.0f;
+  for (int64_t x = 0; x < 2 * item.padded + kAttentionPad; ++x) out[x] = 0.0f;
   if (p.bias == nullptr) return;
   const float* centre = p.bias + item.head * (2 * p.max_seqlen - 1) + p.max_seqlen - 1;
   for (int64_t x = 1 - item.length; x < item.length; ++x) out[x + item.padded] = centre[x] * kLog2E;

@@ -13,7 +13,12 @@
 #include "common/types.h"
 
 #ifdef __AVX2__
+// GCC 12 warns about the undefined values inside its own AVX-512 intrinsics (GCC bug 105593).
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #endif
 
 #ifndef METRO_CPU_NS
@@ -42,8 +47,21 @@ inline vu float_to_bits(vf x) { return (vu)x; }
 
 // mask ? a : b, for the masks (all ones or all zeros per lane) that comparisons give.
 inline vf select(vi mask, vf a, vf b) { return mask ? a : b; }
-inline vf max(vf a, vf b) { return a > b ? a : b; }
-inline vf min(vf a, vf b) { return a < b ? a : b; }
+// b where either is NaN, as in the instruction.
+inline vf max(vf a, vf b) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+inline vf min(vf a, vf b) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_min_ps((__m512)a, (__m512)b);
+#else
+  return a < b ? a : b;
+#endif
+}
 
 // a · b + c, rounded once where the machine has a fused multiply-add.
 inline vf fma(vf a, vf b, vf c) {
@@ -81,11 +99,20 @@ inline vf load(const float* p) {
   return out;
 }
 
-inline vf load(const bf16* p) {
+// kLanes 16-bit numbers, zero-extended. One instruction; __builtin_convertvector makes several.
+inline vu load_u16(const void* p) {
+#if defined(__AVX512F__)
+  return (vu)_mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+  return (vu)_mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+#else
   vu16 half;
   memcpy(&half, p, sizeof(half));
-  return (vf)(__builtin_convertvector(half, vu) << 16);
+  return __builtin_convertvector(half, vu);
+#endif
 }
+
+inline vf load(const bf16* p) { return (vf)(load_u16(p) << 16); }
 
 inline void store(float* p, vf x) { memcpy(p, &x, sizeof(x)); }
 
@@ -132,16 +159,25 @@ inline void store_upto(T* p, vf x, int64_t n) {
   }
 }
 
+// The halves are added (compared) first, then quarters, and so on: the same order with and without
+// AVX-512.
 inline float reduce_add(vf x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)x);
+#else
   float lanes[kLanes];
   store(lanes, x);
   for (int width = kLanes / 2; width > 0; width /= 2) {
     for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
   }
   return lanes[0];
+#endif
 }
 
 inline float reduce_max(vf x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)x);
+#else
   float lanes[kLanes];
   store(lanes, x);
   for (int width = kLanes / 2; width > 0; width /= 2) {
@@ -149,6 +185,7 @@ inline float reduce_max(vf x) {
       lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
   }
   return lanes[0];
+#endif
 }
 
 // e^x to 2 ulp for x ≤ 88; 0 below -87. Cody-Waite reduction x = n·ln 2 + r, |r| ≤ ln 2 / 2, and a

@@ -164,14 +164,12 @@ inline void pack_depth(const T* x, int64_t x_stride, int64_t rows, int64_t padde
   }
 }
 
+// The first n (all of them when n ≥ kLanes) 16-bit numbers, zero-extended; the rest 0.
 inline vu load_halves(const bf16* p, int64_t n) {
-  vu16 half{};
-  if (n >= kLanes) {
-    memcpy(&half, p, sizeof(half));
-  } else if (n > 0) {
-    memcpy(&half, p, static_cast<size_t>(n) * 2);
-  }
-  return __builtin_convertvector(half, vu);
+  if (n >= kLanes) return load_u16(p);
+  uint16_t lanes[kLanes] = {};
+  for (int64_t i = 0; i < n; ++i) lanes[i] = p[i].bits;
+  return load_u16(lanes);
 }
 
 inline void pack_depth(const bf16* x, int64_t x_stride, int64_t rows, int64_t padded_rows,
@@ -211,8 +209,10 @@ inline void transpose_units(const U* x, int64_t x_stride, int64_t rows, int64_t 
   }
 }
 
-// Float32 rows as a left operand. Of a pair of rows (even, odd) of C-like results, at column
-// `col`: as units along the rows (for a product whose depth are the rows) ...
+// ---- Results as operands of the next product ----
+
+// Columns [col, col + kLanes) of rows `row` (even) and `row` + 1, as units along the rows: for a
+// product that sums over rows.
 inline void store_row_units(float* out, int64_t stride, int64_t row, int64_t col, vf even, vf odd) {
   store(out + row * stride + col, even);
   store(out + (row + 1) * stride + col, odd);
@@ -227,7 +227,7 @@ inline void store_row_units(Pair* out, int64_t stride, int64_t row, int64_t col,
 }
 #endif
 
-// ... and as units along the columns. `out` points at the row.
+// The same columns of one row, which starts at `out`, as units along the columns.
 inline void store_column_units(float* out, int64_t col, vf x) { store(out + col, x); }
 inline void store_column_units(Pair* out, int64_t col, vf x) {
   store(reinterpret_cast<bf16*>(out) + col, x);

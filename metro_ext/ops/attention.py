@@ -58,7 +58,7 @@ def relative_bias(table: Tensor, max_seqlen: int, max_distance: int) -> Tensor:
     first half is one bucket per distance, the rest grow logarithmically up to ``max_distance``.
 
     Args:
-        table: [buckets, heads], buckets a multiple of 4.
+        table: [buckets, heads]; buckets is even and at least 4.
         max_seqlen: L.
         max_distance: all distances from here on share the last bucket.
 
@@ -69,17 +69,17 @@ def relative_bias(table: Tensor, max_seqlen: int, max_distance: int) -> Tensor:
     Raises:
         UserError: the shape of ``table`` or a size does not fit.
     """
-    if table.dim() != 2 or table.shape[0] < 4 or table.shape[0] % 4 != 0:
+    if table.dim() != 2 or table.shape[0] < 4 or table.shape[0] % 2 != 0:
         raise UserError(
-            "relative_bias: table must have shape [buckets, heads] with buckets a multiple of 4, "
-            f"found {list(table.shape)}"
+            "relative_bias: table must have shape [buckets, heads] with an even number of buckets, "
+            f"at least 4, found {list(table.shape)}"
         )
     if max_seqlen < 1:
         raise UserError(f"relative_bias: max_seqlen must be at least 1, found {max_seqlen}")
     max_exact = table.shape[0] // 4
     if max_distance <= max_exact:
         raise UserError(
-            f"relative_bias: max_distance must be more than a quarter of the buckets "
+            "relative_bias: max_distance must be more than a quarter of the buckets "
             f"({max_exact}), found {max_distance}"
         )
     relative = torch.arange(1 - max_seqlen, max_seqlen, device=table.device)
