@@ -13,5 +13,6 @@ import torch  # noqa: F401  (the binary resolves libtorch through the process th
 from metro_ext import _C
 from metro_ext.ops.gelu import bias_gelu
 from metro_ext.ops.layer_norm import layer_norm
+from metro_ext.ops.rtd_head import rtd_head
 
-__all__ = ["_C", "bias_gelu", "layer_norm"]
+__all__ = ["_C", "bias_gelu", "layer_norm", "rtd_head"]
