@@ -75,3 +75,12 @@ def layer_norm(
     centred = z - z.mean(-1, keepdim=True)
     variance = centred.square().mean(-1, keepdim=True)
     return centred / torch.sqrt(variance + eps) * weight + shift
+
+
+def rtd_head(hidden: Tensor, weight: Tensor, bias: Tensor, label: Tensor) -> tuple[Tensor, ...]:
+    """Loss, logit, hits."""
+    logit = hidden @ weight + bias
+    counted = label != 255
+    loss = torch.nn.functional.softplus(torch.where(label == 1, -logit, logit), threshold=1e9)
+    hits = ((logit > 0) == (label == 1))[counted].sum()
+    return torch.where(counted, loss, 0.0), logit, hits

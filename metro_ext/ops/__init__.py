@@ -14,5 +14,6 @@ from metro_ext import _C
 from metro_ext.ops.attention import attention, relative_bias
 from metro_ext.ops.gelu import bias_gelu
 from metro_ext.ops.layer_norm import layer_norm
+from metro_ext.ops.rtd_head import rtd_head
 
-__all__ = ["_C", "attention", "bias_gelu", "layer_norm", "relative_bias"]
+__all__ = ["_C", "attention", "bias_gelu", "layer_norm", "relative_bias", "rtd_head"]
