@@ -11,8 +11,9 @@ parameters and statistics are float32; arithmetic is float32.
 import torch  # noqa: F401  (the binary resolves libtorch through the process that imported torch)
 
 from metro_ext import _C
+from metro_ext.ops.corruption import mask_tokens, replace_tokens
 from metro_ext.ops.gelu import bias_gelu
 from metro_ext.ops.layer_norm import layer_norm
 from metro_ext.ops.rtd_head import rtd_head
 
-__all__ = ["_C", "bias_gelu", "layer_norm", "rtd_head"]
+__all__ = ["_C", "bias_gelu", "layer_norm", "mask_tokens", "replace_tokens", "rtd_head"]
