@@ -66,15 +66,15 @@ STABLE_TORCH_LIBRARY(metro, m) {
       "rtd_head_backward(Tensor grad_loss, Tensor logit, Tensor hidden, Tensor weight, "
       "Tensor label) -> (Tensor, Tensor, Tensor)");
 
-  // Draws `count` positions among the tokens with id >= first_maskable (or in no way special, see
-  // the Python docstring) and masks them: mask_fraction become mask_id, random_fraction a random
-  // ordinary token, the rest stay.
-  // tokens int64 [T] -> masked int64 [T], position int64 [count] ascending, target int64 [count].
-  // If fewer can be masked, the slots left over hold position 0 and target -100.
+  // Draws `count` positions among the tokens that are not special and masks them: mask_fraction
+  // become mask_id, random_fraction an id uniform over [0, vocab_size) without the special ones,
+  // the rest stay. A function of (tokens, seed) alone. tokens int64 [T], special int64 [K]
+  // ascending -> masked int64 [T], position int64 [count] ascending, target int64 [count]. If fewer
+  // can be masked, the slots left over hold position 0 and target -100.
   m.def(
       "mask_tokens(Tensor tokens, Tensor special, Tensor seed, int count, int mask_id, "
-      "float mask_fraction, float random_fraction) -> (Tensor, Tensor, Tensor)");
-  // Puts sample[n] at position[n] of tokens (rows with target -100 skipped).
+      "int vocab_size, float mask_fraction, float random_fraction) -> (Tensor, Tensor, Tensor)");
+  // Puts sample[n] at position[n] of the original tokens (rows with target -100 skipped).
   // -> corrupted int64 [T], label uint8 [T] (1 replaced, 0 original, 255 padding).
   m.def(
       "replace_tokens(Tensor tokens, Tensor position, Tensor target, Tensor sample, int pad_id) -> "

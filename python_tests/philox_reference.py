@@ -50,3 +50,9 @@ def hidden_dropout_factor(seed: int, p: float, draw: int, shape) -> torch.Tensor
     keep = half_words(words).reshape(-1)[:elements] >= np.uint64(threshold)
     scale = 65536 / (65536 - threshold) if threshold < 65536 else 0.0
     return torch.from_numpy(keep.reshape(shape) * scale)
+
+
+def mask_words(seed: int, tokens: int) -> np.ndarray:
+    """The four words that each token's masking is decided by: [tokens, 4]."""
+    index = np.arange(tokens, dtype=np.uint64)
+    return philox4x32(seed, index & _LOW, index >> _WORD, counter_word(MASK, 0), 0)

@@ -2,7 +2,11 @@
 
 import math
 
+<<<<<<< HEAD
 import numpy as np
+=======
+import philox_reference
+>>>>>>> layers
 import torch
 from philox_reference import ATTENTION_DROPOUT, counter_word, half_words, philox4x32
 from torch import Tensor
@@ -84,3 +88,41 @@ def rtd_head(hidden: Tensor, weight: Tensor, bias: Tensor, label: Tensor) -> tup
     loss = torch.nn.functional.softplus(torch.where(label == 1, -logit, logit), threshold=1e9)
     hits = ((logit > 0) == (label == 1))[counted].sum()
     return torch.where(counted, loss, 0.0), logit, hits
+
+
+def mask_tokens(
+    tokens: Tensor,
+    special: Tensor,
+    seed: int,
+    count: int,
+    mask_id: int,
+    vocab_size: int,
+    mask_fraction: float,
+    random_fraction: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    ids, special_ids = tokens.tolist(), set(special.tolist())
+    words = philox_reference.mask_words(seed, len(ids)).tolist()
+    maskable = [t for t, token in enumerate(ids) if token not in special_ids]
+    position = sorted(sorted(maskable, key=lambda t: (words[t][0], t))[:count])
+    ordinary = [token for token in range(vocab_size) if token not in special_ids]
+    masked = list(ids)
+    for t in position:
+        _, kind, choice, _ = words[t]
+        if kind < round(mask_fraction * 2**32):
+            masked[t] = mask_id
+        elif kind < round((mask_fraction + random_fraction) * 2**32):
+            masked[t] = ordinary[choice * len(ordinary) >> 32]
+    left = count - len(position)
+    target = [ids[t] for t in position] + [-100] * left
+    return torch.tensor(masked), torch.tensor(position + [0] * left), torch.tensor(target)
+
+
+def replace_tokens(
+    tokens: Tensor, position: Tensor, target: Tensor, sample: Tensor, pad_id: int
+) -> tuple[Tensor, Tensor]:
+    corrupted = tokens.clone()
+    used = target != -100
+    corrupted[position[used]] = sample[used]
+    label = (corrupted != tokens).to(torch.uint8)
+    label[tokens == pad_id] = 255
+    return corrupted, label

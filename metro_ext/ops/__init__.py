@@ -12,8 +12,9 @@ import torch  # noqa: F401  (the binary resolves libtorch through the process th
 
 from metro_ext import _C
 from metro_ext.ops.attention import attention, relative_bias
+from metro_ext.ops.corruption import mask_tokens, replace_tokens
 from metro_ext.ops.gelu import bias_gelu
 from metro_ext.ops.layer_norm import layer_norm
 from metro_ext.ops.rtd_head import rtd_head
 
-__all__ = ["_C", "attention", "bias_gelu", "layer_norm", "relative_bias", "rtd_head"]
+__all__ = ["_C", "attention", "bias_gelu", "layer_norm", "mask_tokens", "relative_bias", "replace_tokens", "rtd_head"]
