@@ -12,5 +12,6 @@ import torch  # noqa: F401  (the binary resolves libtorch through the process th
 
 from metro_ext import _C
 from metro_ext.ops.gelu import bias_gelu
+from metro_ext.ops.vocab_head import vocab_head
 
-__all__ = ["_C", "bias_gelu"]
+__all__ = ["_C", "bias_gelu", "vocab_head"]
