@@ -17,6 +17,7 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     return z * 0.5 * (1 + torch.erf(z / math.sqrt(2)))
 
 
+<<<<<<< HEAD
 def attention_keep(
     seed: int, p: float, draw: int, start: int, length: int, heads: int
 ) -> tuple[Tensor, float]:
@@ -126,3 +127,13 @@ def replace_tokens(
     label = (corrupted != tokens).to(torch.uint8)
     label[tokens == pad_id] = 255
     return corrupted, label
+=======
+def vocab_logits(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return hidden @ weight.T + bias
+
+
+def vocab_head(hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> Tensor:
+    """The negative log-likelihood of each row; 0 where the target is -100."""
+    logits = vocab_logits(hidden, weight, bias)
+    return torch.nn.functional.cross_entropy(logits, target, reduction="none", ignore_index=-100)
+>>>>>>> vocab

@@ -1,0 +1,378 @@
+import math
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import philox_reference as philox
+import pytest
+import reference
+import torch
+from op_checks import (
+    DEVICE_DTYPES,
+    assert_bitwise_repeatable,
+    assert_close,
+    check_against_reference,
+    check_finite_differences,
+)
+
+from metro_ext.ops import vocab_head
+
+# There is no CUDA kernel yet.
+DEVICE_DTYPES = [(device, dtype) for device, dtype in DEVICE_DTYPES if device == "cpu"]
+SAMPLE_TILE = 256
+# N, H, V: below a sample tile, on its border, beyond, beyond a tile of the matrix product.
+SHAPES = [(1, 1, 1), (3, 5, 7), (7, 16, 256), (33, 24, 257), (5, 8, 1031), (11, 32, 4609)]
+
+
+def make_inputs(rows, width, vocab, dtype=torch.float32, scale=1.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(rows, width, generator=generator).to(dtype)
+    weight = (scale * torch.randn(vocab, width, generator=generator) / width**0.5).to(dtype)
+    bias = torch.randn(vocab, generator=generator)
+    target = torch.randint(vocab, (rows,), generator=generator)
+    return hidden, weight, bias, target
+
+
+def key(seed):
+    return torch.tensor([seed])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
+def test_matches_reference(device, dtype, shape):
+    inputs = make_inputs(*shape, dtype)
+    if shape[0] > 2:
+        inputs[-1][1] = -100
+    check_against_reference(
+        lambda *args: vocab_head(*args).nll, reference.vocab_head, inputs, dtype
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
+def test_lse_and_hit_match_reference(device, dtype, shape):
+    hidden, weight, bias, target = make_inputs(*shape, dtype)
+    logits = reference.vocab_logits(hidden.double(), weight.double(), bias.double())
+    target[::2] = logits.argmax(1)[::2]
+    out = vocab_head(hidden, weight, bias, target)
+    assert_close(out.lse, logits.logsumexp(1), dtype, "lse")
+    best, second = logits.topk(min(2, shape[2]), 1).values.T[[0, -1]]
+    clear = (best - second > 0.05) | (second == best)  # rounding may swap the others
+    assert clear.any()
+    assert torch.equal(out.hit.bool()[clear], (logits.argmax(1) == target)[clear])
+    assert out.sample.numel() == 0
+
+
+def test_hit_takes_the_first_index_at_ties():
+    hidden, weight = torch.zeros(3, 4), torch.zeros(1000, 4)
+    bias = torch.zeros(1000)
+    bias[[300, 301, 900]] = 1.0
+    assert vocab_head(hidden, weight, bias, torch.tensor([300, 301, 900])).hit.tolist() == [1, 0, 0]
+
+
+def test_large_logits_do_not_overflow():
+    hidden, weight, bias, target = make_inputs(9, 8, 700, scale=1000.0)
+    out = vocab_head(hidden, weight, bias, target, key(1))
+    expected = reference.vocab_head(hidden.double(), weight.double(), bias.double(), target)
+    assert_close(out.nll, expected, torch.float32)
+
+
+def test_forbidden_and_broken_logits():
+    """A bias of -inf forbids a token; NaN anywhere in the logits reaches the loss."""
+    hidden, weight, bias, target = make_inputs(6, 8, 1000)
+    bias[:600] = -torch.inf
+    target[:] = 700
+    hidden.requires_grad_()
+    out = vocab_head(hidden, weight, bias, target, key(3))
+    expected = reference.vocab_head(hidden, weight, bias, target)
+    torch.testing.assert_close(out.nll, expected)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(loss.sum(), hidden)[0] for loss in (out.nll, expected))
+    )
+    assert (out.sample >= 600).all()
+    with torch.no_grad():
+        weight[800] = torch.nan
+        out = vocab_head(hidden, weight, bias, target, key(3))
+    assert out.nll.isnan().all()
+    assert ((out.sample >= 0) & (out.sample < 1000)).all()
+
+
+def test_ignored_rows():
+    hidden, weight, bias, target = make_inputs(6, 8, 300)
+    target[[0, 4]] = -100
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    out = vocab_head(hidden, weight, bias, target, key(1))
+    out.nll.sum().backward()
+    assert (out.nll[[0, 4]] == 0).all() and (out.hit[[0, 4]] == 0).all()
+    assert (hidden.grad[[0, 4]] == 0).all() and (hidden.grad[[1, 2, 3, 5]] != 0).any(1).all()
+    kept = [1, 2, 3, 5]
+    (grad,) = torch.autograd.grad(
+        vocab_head(hidden[kept], weight, bias, target[kept]).nll.sum(), weight
+    )
+    torch.testing.assert_close(weight.grad, grad)
+    target[[0, 4]] = 5
+    assert torch.equal(vocab_head(hidden, weight, bias, target, key(1)).sample, out.sample)
+
+
+@pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
+def test_empty(device, dtype):
+    hidden, weight, bias, target = make_inputs(0, 8, 300, dtype)
+    leaves = [t.requires_grad_() for t in (hidden, weight, bias)]
+    out = vocab_head(*leaves, target, key(1))
+    out.nll.sum().backward()
+    assert [t.shape for t in out] == [(0,)] * 4
+    assert hidden.grad.shape == (0, 8)
+    assert (weight.grad == 0).all() and (bias.grad == 0).all()
+
+
+def test_non_contiguous_input():
+    dense = make_inputs(12, 20, 600)
+    hidden, weight, bias, target = dense
+    strided = (
+        hidden.t().contiguous().t(),
+        weight.repeat(1, 2)[:, :20],
+        bias.repeat_interleave(2)[::2],
+        target.repeat_interleave(2)[::2],
+    )
+    assert not any(t.is_contiguous() for t in strided)
+    results = []
+    for *floats, ids in (dense, strided):
+        leaves = [t.detach().requires_grad_() for t in floats]
+        out = vocab_head(*leaves, ids, key(1))
+        results.append([*out, *torch.autograd.grad(out.nll.sum(), leaves)])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_finite_differences():
+    hidden, weight, bias, target = make_inputs(4, 6, 270)
+    target[2] = -100
+    mix = torch.tensor([0.5, -2.0, 3.0, 1.0])
+    check_finite_differences(lambda t: vocab_head(t, weight, bias, target).nll @ mix, hidden)
+    check_finite_differences(lambda t: vocab_head(hidden, t, bias, target).nll @ mix, weight)
+    check_finite_differences(lambda t: vocab_head(hidden, weight, t, target).nll @ mix, bias)
+
+
+@pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
+def test_bitwise_repeat(device, dtype):
+    hidden, weight, bias, target = make_inputs(130, 64, 5000, dtype)
+    grad = torch.randn(130)
+
+    def run():
+        out = vocab_head(hidden, weight, bias, target, key(5), 0.9)
+        arguments = (grad, out.lse, hidden, weight, bias, target)
+        return [*out, *torch.ops.metro.vocab_head_backward(*arguments)]
+
+    assert_bitwise_repeatable(run)
+
+
+@pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
+def test_opcheck(device, dtype):
+    hidden, weight, bias, target = make_inputs(5, 12, 300, dtype)
+    out = vocab_head(hidden, weight, bias, target)
+    arguments = (torch.randn(5), out.lse, hidden, weight, bias, target)
+    torch.library.opcheck(torch.ops.metro.vocab_head_backward, arguments)
+    leaves = [t.requires_grad_() for t in (hidden, weight, bias)]
+    for seed in (None, key(2)):
+        torch.library.opcheck(torch.ops.metro.vocab_head, (*leaves, target, seed, 0.7, 3))
+
+
+def test_backward_called_with_leaves():
+    """The matrix products write into given memory, which autograd must not see."""
+    hidden, weight, bias, target = make_inputs(5, 12, 300)
+    arguments = (torch.ones(5), torch.zeros(5), hidden, weight, bias, target)
+    expected = torch.ops.metro.vocab_head_backward(*arguments)
+    weight.requires_grad_()
+    hidden.requires_grad_()
+    for a, b in zip(torch.ops.metro.vocab_head_backward(*arguments), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_compiles_whole():
+    hidden, weight, bias, target = make_inputs(6, 16, 700)
+    leaves = [t.requires_grad_() for t in (hidden, weight, bias)]
+
+    def loss(*args):
+        out = vocab_head(*args, target, key(4))
+        return out.nll.mean() + out.hit.sum() + out.sample.sum()
+
+    compiled = torch.compile(loss, fullgraph=True)(*leaves)
+    torch.testing.assert_close(compiled, loss(*leaves))
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    for a, b in zip(torch.autograd.grad(compiled, leaves), expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+# ---- Samples ----
+
+
+def sample_in_python(logits, seed, temperature, draw):
+    """The scheme of vocab_head.h in float64, from float32 logits [N, V]."""
+    scaled = logits.double().numpy() / temperature
+    samples = []
+    for row in range(logits.shape[0]):
+        best, winner = -math.inf, None
+        for tile, start in enumerate(range(0, logits.shape[1], SAMPLE_TILE)):
+            z = scaled[row, start : start + SAMPLE_TILE]
+            words = philox.philox4x32(seed, row, tile, philox.counter_word(philox.SAMPLE, draw), 0)
+            value = z.max() + np.log(np.exp(z - z.max()).sum()) + philox.gumbel(words[0])
+            if value > best:
+                best, winner = value, (start, z, words[1])
+        start, z, word = winner
+        running = np.cumsum(np.exp(z - z.max()))
+        samples.append(start + int(np.argmax(running > philox.uniform(word) * running[-1])))
+    return torch.tensor(samples)
+
+
+def test_philox_reference_known_answers():
+    """The vectors of the Random123 distribution."""
+    ones = 0xFFFFFFFF
+    assert [hex(w) for w in philox.philox4x32(0, 0, 0, 0, 0)] == [
+        "0x6627e8d5", "0xe169c58d", "0xbc57ac4c", "0x9b00dbd8"
+    ]  # fmt: skip
+    assert [hex(w) for w in philox.philox4x32(2**64 - 1, ones, ones, ones, ones)] == [
+        "0x408f276d", "0x41c83b0e", "0xa20bc7c6", "0x6d5451fd"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.4, 2.5])
+@pytest.mark.parametrize("vocab", [40, 256, 5000])
+def test_samples_are_those_of_the_scheme(vocab, temperature):
+    hidden, weight, bias, target = make_inputs(60, 16, vocab, scale=2.0)
+    seed = -(2**62) + 12345
+    out = vocab_head(hidden, weight, bias, target, key(seed), temperature, 77)
+    logits = reference.vocab_logits(hidden, weight, bias)
+    expected = sample_in_python(logits, seed % 2**64, temperature, 77)
+    # float32 against float64: a number within rounding of a border may fall on its other side.
+    assert (out.sample == expected).float().mean() >= 0.98
+
+
+def test_samples_depend_on_seed_and_draw_alone():
+    inputs = make_inputs(200, 16, 3000)
+    first = vocab_head(*inputs, key(1)).sample
+    assert torch.equal(vocab_head(*inputs, key(1)).sample, first)
+    assert not torch.equal(vocab_head(*inputs, key(2)).sample, first)
+    assert not torch.equal(vocab_head(*inputs, key(1), draw=1).sample, first)
+    other_targets = (*inputs[:3], inputs[3].flip(0))
+    assert torch.equal(vocab_head(*other_targets, key(1)).sample, first)
+
+
+def chi_square_p(counts: np.ndarray, probabilities: np.ndarray) -> float:
+    """P(chi-square >= observed), by the Wilson-Hilferty approximation; rare cells are pooled."""
+    expected = probabilities * counts.sum()
+    rare = expected < 10
+    observed = np.append(counts[~rare], counts[rare].sum())
+    expected = np.append(expected[~rare], expected[rare].sum())
+    observed, expected = observed[expected > 0], expected[expected > 0]
+    degrees = len(observed) - 1
+    statistic = ((observed - expected) ** 2 / expected).sum()
+    variance = 2 / (9 * degrees)
+    z = ((statistic / degrees) ** (1 / 3) - (1 - variance)) / math.sqrt(variance)
+    return 0.5 * math.erfc(z / math.sqrt(2))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
+def test_samples_follow_the_softmax(temperature):
+    draws, vocab = 200_000, 600
+    generator = torch.Generator().manual_seed(6)
+    bias = 1.5 * torch.randn(vocab, generator=generator)
+    bias[:40] -= 4.0  # the tiles differ in weight
+    hidden, weight = torch.ones(draws, 1), torch.zeros(vocab, 1)
+    target = torch.full((draws,), -100)
+    sample = vocab_head(hidden, weight, bias, target, key(2024), temperature).sample
+    counts = np.bincount(sample.numpy(), minlength=vocab)
+    exact = torch.softmax(bias.double() / temperature, 0).numpy()
+    assert chi_square_p(counts, exact) > 1e-4
+    # The test has power: it rejects a temperature 10 % off and a bias 0.1 off on every other token.
+    warm = torch.softmax(bias.double() / (temperature * 1.1), 0).numpy()
+    assert chi_square_p(counts, warm) < 1e-4
+    shift = torch.zeros(vocab, dtype=torch.float64)
+    shift[::2] = 0.1 * temperature
+    assert chi_square_p(counts, torch.softmax((bias + shift) / temperature, 0).numpy()) < 1e-4
+
+
+# ---- Memory and mistakes ----
+
+MEMORY_SCRIPT = """
+    import resource, sys, torch
+    from metro_ext.ops import vocab_head
+    rows, width, vocab = map(int, sys.argv[1:])
+
+    def peak_mb():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+    def step(hidden, weight, bias, target):
+        out = vocab_head(hidden, weight, bias, target, torch.tensor([1]))
+        return torch.autograd.grad(out.nll.mean(), (hidden, weight, bias))
+
+    def inputs(vocab):
+        return (
+            torch.ones(rows, width).bfloat16().requires_grad_(),
+            torch.ones(vocab, width, dtype=torch.bfloat16).requires_grad_(),
+            torch.ones(vocab).requires_grad_(),
+            torch.zeros(rows, dtype=torch.int64),
+        )
+
+    step(*(t[:8] for t in inputs(64)))  # libraries and thread pools
+    big = inputs(vocab)
+    before = peak_mb()
+    grads = step(*big)
+    gradients = sum(g.numel() * g.element_size() for g in grads) / 2**20
+    print(peak_mb() - before - gradients)
+"""
+
+
+@pytest.mark.parametrize("rows, vocab", [(614, 65536), (8192, 2048)])
+def test_scratch_memory(rows, vocab):
+    """The process's peak grows by at most 64 MB beyond inputs and gradients."""
+    command = [sys.executable, "-c", textwrap.dedent(MEMORY_SCRIPT), str(rows), "768", str(vocab)]
+    root = Path(__file__).parent.parent
+    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
+    assert float(result.stdout) <= 64
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(hidden=torch.zeros(3, 4).double()), "hidden must be float32 or bfloat16, found floa"),
+        (dict(hidden=torch.zeros(4)), r"hidden must have shape \[\*, \*\], found \[4\]"),
+        (dict(weight=torch.zeros(9, 5)), r"weight must have shape \[\*, 4\], found \[9, 5\]"),
+        (dict(weight=torch.zeros(9, 4).bfloat16()), "weight must be float32, found bfloat16"),
+        (dict(weight=torch.zeros(0, 4), bias=torch.zeros(0)), "weight must have at least one row"),
+        (dict(bias=torch.zeros(8)), r"bias must have shape \[9\], found \[8\]"),
+        (dict(bias=torch.zeros(9).bfloat16()), "bias must be float32, found bfloat16"),
+        (dict(target=torch.zeros(3, dtype=torch.int32)), "target must be int64, found int32"),
+        (dict(target=torch.zeros(2, dtype=torch.int64)), r"target must have shape \[3\], found"),
+        (dict(target=torch.tensor([0, 9, 0])), r"target must hold ids in \[0, 9\) or -100 .* 9 at"),
+        (dict(target=torch.tensor([0, 0, -1])), "found -1 at row 2"),
+        (dict(seed=torch.zeros(2, dtype=torch.int64)), "seed must hold one int64"),
+        (dict(seed=torch.zeros(1)), "seed must be int64, found float32"),
+        (dict(temperature=0.0), "temperature must be positive and finite, found 0"),
+        (dict(temperature=-1.0), "temperature must be positive and finite, found -1"),
+        (dict(temperature=math.nan), "temperature must be positive and finite, found nan"),
+    ],
+)
+def test_bad_arguments(change, message):
+    arguments = dict(
+        hidden=torch.zeros(3, 4),
+        weight=torch.zeros(9, 4),
+        bias=torch.zeros(9),
+        target=torch.zeros(3, dtype=torch.int64),
+        seed=key(1),
+    )
+    with pytest.raises(RuntimeError, match=f"vocab_head: .*{message}"):
+        vocab_head(**{**arguments, **change})
+
+
+def test_backward_bad_arguments():
+    hidden, weight, bias, target = make_inputs(3, 4, 9)
+    backward = torch.ops.metro.vocab_head_backward
+    with pytest.raises(RuntimeError, match=r"vocab_head_backward: grad_nll must have shape \[3\]"):
+        backward(torch.ones(2), torch.ones(3), hidden, weight, bias, target)
+    with pytest.raises(RuntimeError, match="vocab_head_backward: lse must be float32, found float"):
+        backward(torch.ones(3), torch.ones(3).double(), hidden, weight, bias, target)
+    with pytest.raises(RuntimeError, match="vocab_head_backward: target must hold ids in"):
+        backward(torch.ones(3), torch.ones(3), hidden, weight, bias, torch.tensor([0, 1, 9]))
