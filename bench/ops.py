@@ -3,14 +3,16 @@
     python bench/ops.py [FAMILY ...] [--dtype bf16 fp32] [--output FILE.json]
 
 Each case is timed forward (without gradient) and, where it has a gradient, forward and backward
-together. Caches are emptied before every call, as the rest of a training step would. Each contender
-of a case is a process of its own; ``peak_mb`` is what a call needs at its peak beyond what was held
-before it: outputs and gradients (``results_mb``, which no implementation can do without) and
-whatever is temporary. Floors: bytes over the measured copy bandwidth or FLOPs over the measured
-matrix rate, whichever is the longer.
+together. Inputs come from memory and not from a cache, as in a training step: on the CPU, calls
+take turns over copies of them that no cache holds together; on CUDA the cache is overwritten before
+each call. Each contender of a case is a process of its own; ``peak_mb`` is what a call needs at its
+peak beyond what was held before it: outputs and gradients (``results_mb``, which no implementation
+can do without) and whatever is temporary. Floors: bytes over the measured copy bandwidth or FLOPs
+over the measured matrix rate, whichever is the longer.
 """
 
 import argparse
+import itertools
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
@@ -41,6 +43,8 @@ from metro_ext.errors import UserError
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int64": torch.int64}
 FORWARD, BOTH = "forward", "forward + backward"
 CEILINGS = "ceilings"
+COLD_BYTES = 128 << 20  # several times a last-level cache
+MOST_COPIES = 64
 # Of the matrix rate: a square product, and one as tall as a batch.
 MATRIX_SHAPES = {
     "cpu": ((2048, 2048, 2048), (4096, 3072, 768)),
@@ -87,27 +91,38 @@ class Bench:
         inputs = case.inputs(DTYPES[dtype], device)
         if contender.as_activations:
             inputs = _as_activations(inputs, case.activations)
-        self.inputs = inputs
-        self.leaves = [inputs[name].requires_grad_() for name in case.gradients]
+        self.inputs = itertools.cycle(
+            [
+                {
+                    name: tensor.clone().requires_grad_(name in case.gradients)
+                    for name, tensor in inputs.items()
+                }
+                for _ in range(_copies(inputs, device))
+            ]
+        )
         self.function = contender.build()
-        self.watch = Stopwatch(device, evict=True)
+        self.leaves_out_work = bool(contender.lesser)
+        self.watch = Stopwatch(device, evict=device.type == "cuda")
         self.grad_out: Tensor | None = None
         self.held: int | None = None
 
     def forward(self) -> tuple[Any, ...]:
         with torch.no_grad():
-            return _as_tuple(self.function(**self.inputs))
+            return _as_tuple(self.function(**next(self.inputs)))
 
     def both(self) -> tuple[Any, ...]:
-        out = _as_tuple(self.function(**self.inputs))
-        return *out, *torch.autograd.grad(out[0], self.leaves, self.grad_out)
+        inputs = next(self.inputs)
+        out = _as_tuple(self.function(**inputs))
+        leaves = [inputs[name] for name in self.case.gradients]
+        gradients = torch.autograd.grad(
+            out[0], leaves, self.grad_out, allow_unused=self.leaves_out_work
+        )
+        return *out, *gradients
 
     def prepare(self, mode: str) -> float | None:
         """Runs twice, then begins the peak; returns the bytes of what a call gives back, in MB."""
         if mode == BOTH and self.grad_out is None:
-            out = _as_tuple(self.function(**self.inputs))[0]
-            self.grad_out = torch.ones_like(out)
-            del out
+            self.grad_out = torch.ones_like(self.forward()[0])
         call = self._call(mode)
         call()  # compiles, and fills whatever is kept between calls
         results = sum(t.numel() * t.element_size() for t in call() if isinstance(t, Tensor))
@@ -123,6 +138,14 @@ class Bench:
 
     def _call(self, mode: str) -> Callable[[], tuple[Any, ...]]:
         return self.both if mode == BOTH else self.forward
+
+
+def _copies(inputs: Inputs, device: torch.device) -> int:
+    """How many copies of the inputs outgrow a CPU's caches; small ones may stay in them."""
+    if device.type == "cuda":
+        return 1
+    size = sum(tensor.numel() * tensor.element_size() for tensor in inputs.values())
+    return min(MOST_COPIES, -(-COLD_BYTES // size))
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:

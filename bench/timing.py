@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 
 COPY_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
-# Written between two timed calls: several times any last-level cache.
-EVICTION_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
+EVICTION_BYTES = 1 << 30  # many times a GPU's last-level cache
 
 
 def interleave(
@@ -46,8 +45,8 @@ class Stopwatch:
 
     Args:
         device: on CUDA the time is between two events on the current stream.
-        evict: empty the caches before each call, as the rest of a training step would; a kernel
-            is then measured against the memory and not against a cache.
+        evict: overwrite the cache before each call, so that a kernel is measured against the
+            memory. Meant for CUDA: on the CPU it would evict the code too.
         clock: of the CPU; seconds.
     """
 
@@ -59,8 +58,9 @@ class Stopwatch:
         clock: Callable[[], float] = time.perf_counter,
     ):
         self.device, self.clock = device, clock
-        size = EVICTION_BYTES[device.type] if evict else 0
-        self.eviction = torch.zeros(size, dtype=torch.uint8, device=device) if size else None
+        self.eviction = None
+        if evict:
+            self.eviction = torch.zeros(EVICTION_BYTES, dtype=torch.uint8, device=device)
 
     def time(self, function: Callable[[], object]) -> float:
         """Seconds of one call; what it returns is freed after the clock has stopped."""

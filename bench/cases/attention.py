@@ -70,6 +70,11 @@ def _heads_first(qkv: Tensor, count: int, length: int) -> tuple[Tensor, Tensor, 
     return packed.permute(2, 0, 3, 1, 4).unbind(0)
 
 
+def _packed(out: Tensor) -> Tensor:
+    """[S, heads, L, d] -> [T, heads, d], as the product that follows reads it."""
+    return out.transpose(1, 2).flatten(0, 1)
+
+
 def _bias_matrix(bias: Tensor, length: int) -> Tensor:
     """[heads, 2 L - 1] -> [heads, L, L], differentiably."""
     place = torch.arange(length, device=bias.device)
@@ -80,7 +85,7 @@ def _eager(count: int, length: int, p: float):
     def function(qkv: Tensor, bias: Tensor, **_: Tensor) -> Tensor:
         q, k, v = _heads_first(qkv, count, length)
         scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]) + _bias_matrix(bias, length)
-        return F.dropout(scores.softmax(-1), p) @ v
+        return _packed(F.dropout(scores.softmax(-1), p) @ v)
 
     return function
 
@@ -89,7 +94,7 @@ def _sdpa(count: int, length: int, p: float, with_bias: bool):
     def function(qkv: Tensor, bias: Tensor, **_: Tensor) -> Tensor:
         q, k, v = _heads_first(qkv, count, length)
         mask = _bias_matrix(bias, length)[None] if with_bias else None
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
+        return _packed(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p))
 
     return function
 
@@ -108,6 +113,6 @@ def _flex(count: int, length: int):
             return value + bias[head, j - i + length - 1]
 
         q, k, v = _heads_first(qkv, count, length)
-        return flex_attention(q, k, v, score_mod=score)
+        return _packed(flex_attention(q, k, v, score_mod=score))
 
     return torch.compile(function, dynamic=False)
