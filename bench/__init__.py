@@ -1,0 +1,1 @@
+"""Benchmarks: every figure that this project states comes out of a script in this folder."""

@@ -1,0 +1,39 @@
+"""GELU(x + bias)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.cases.common import Contender, OpCase, random, seeded, torch_peers
+from bench.timing import Work
+from metro_ext.ops import bias_gelu
+
+SHAPE, SMALL_SHAPE = (4096, 3072), (64, 48)
+
+
+def cases(device: str, small: bool) -> list[OpCase]:
+    rows, width = SMALL_SHAPE if small else SHAPE
+
+    def inputs(dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        generator = seeded()
+        return {
+            "x": random(generator, rows, width, device=device, dtype=dtype),
+            "bias": random(generator, width, device=device, scale=0.1),
+        }
+
+    def eager(x: Tensor, bias: Tensor) -> Tensor:
+        return F.gelu(x + bias)
+
+    return [
+        OpCase(
+            family="gelu",
+            name=f"bias_gelu {rows}x{width}",
+            inputs=inputs,
+            activations="x",
+            gradients=("x", "bias"),
+            contenders={"ours": Contender(lambda: bias_gelu), **torch_peers(eager)},
+            # x in, out; then x and the gradient of out in, that of x out.
+            forward=lambda itemsize: Work(2 * rows * width * itemsize),
+            both=lambda itemsize: Work(5 * rows * width * itemsize),
+        )
+    ]

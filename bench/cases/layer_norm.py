@@ -1,0 +1,69 @@
+"""LayerNorm(residual + dropout(x + bias))."""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.cases.common import Contender, OpCase, random, seeded, torch_peers
+from bench.timing import Work
+from metro_ext.ops import layer_norm
+
+SHAPES = {"cpu": ((4096, 768),), "cuda": ((4096, 768), (32768, 768))}
+SMALL_SHAPES = ((64, 32),)
+DROPOUT, EPS = 0.1, 1e-5
+
+
+def cases(device: str, small: bool) -> list[OpCase]:
+    shapes = SMALL_SHAPES if small else SHAPES[device]
+    variants = ((True, DROPOUT), (False, DROPOUT), (False, 0.0))
+    return [_case(*shape, bias, p) for shape in shapes for bias, p in variants]
+
+
+def _case(rows: int, hidden: int, with_bias: bool, p: float) -> OpCase:
+    elements = rows * hidden
+    variant = ("bias + " if with_bias else "") + ("dropout + " if p else "") + "residual"
+
+    def inputs(dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        generator = seeded()
+        tensors = {
+            "x": random(generator, rows, hidden, device=device, dtype=dtype),
+            "residual": random(generator, rows, hidden, device=device, dtype=dtype),
+            "weight": 1 + random(generator, hidden, device=device, scale=0.1),
+            "shift": random(generator, hidden, device=device, scale=0.1),
+        }
+        if with_bias:
+            tensors["bias"] = random(generator, hidden, device=device, scale=0.1)
+        if p:
+            tensors["seed"] = torch.tensor(1, device=device)
+        return tensors
+
+    def eager(
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        shift: Tensor,
+        bias: Tensor | None = None,
+        seed: Tensor | None = None,
+    ) -> Tensor:
+        x = x if bias is None else x + bias
+        x = F.dropout(x, p) if p else x
+        return F.layer_norm(residual + x, (hidden,), weight, shift, EPS)
+
+    # Backward can start from `out`: it and its gradient in, the gradient of the sum out, and under
+    # dropout that of x, which is another.
+    backward = 4 if p else 3
+    return OpCase(
+        family="layer_norm",
+        name=f"layer_norm {rows}x{hidden} {variant}",
+        inputs=inputs,
+        activations="x",
+        gradients=("x", "residual", "weight", "shift") + (("bias",) if with_bias else ()),
+        contenders={
+            "ours": Contender(lambda: partial(layer_norm, p=p, eps=EPS)),
+            **torch_peers(eager),
+        },
+        forward=lambda itemsize: Work(3 * elements * itemsize),
+        both=lambda itemsize: Work((3 + backward) * elements * itemsize),
+    )

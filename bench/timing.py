@@ -1,0 +1,175 @@
+"""Interleaved timing, peak memory, and the ceilings that floors are computed from."""
+
+import ctypes
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+COPY_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
+EVICTION_BYTES = 1 << 30  # many times a GPU's last-level cache
+
+
+def interleave(
+    contenders: Mapping[str, Callable[[], float]], rounds: int, warmup: int
+) -> dict[str, list[float]]:
+    """Runs the contenders in turns, so that a slow moment of the machine meets all of them.
+
+    Args:
+        contenders: each runs its work once and returns the seconds that it took.
+        rounds: timed turns.
+        warmup: turns before, whose times are dropped.
+
+    Returns:
+        ``rounds`` times by contender, in order.
+    """
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(warmup + rounds):
+        for name, contender in contenders.items():
+            seconds = contender()
+            if turn >= warmup:
+                times[name].append(seconds)
+    return times
+
+
+def medians(times: Mapping[str, list[float]]) -> dict[str, float]:
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+class Stopwatch:
+    """Times one call of a function at a time.
+
+    Args:
+        device: on CUDA the time is between two events on the current stream.
+        evict: overwrite the cache before each call, so that a kernel is measured against the
+            memory. Meant for CUDA: on the CPU it would evict the code too.
+        clock: of the CPU; seconds.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        evict: bool = False,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        self.device, self.clock = device, clock
+        self.eviction = None
+        if evict:
+            self.eviction = torch.zeros(EVICTION_BYTES, dtype=torch.uint8, device=device)
+
+    def time(self, function: Callable[[], object]) -> float:
+        """Seconds of one call; what it returns is freed after the clock has stopped."""
+        if self.eviction is not None:
+            self.eviction.add_(1)
+        if self.device.type == "cpu":
+            start = self.clock()
+            result = function()
+            seconds = self.clock() - start
+            del result
+            return seconds
+        # The eviction keeps the device busy for about half a millisecond: the host gets ahead, and
+        # what is timed is the kernels and not their launches.
+        start = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
+        if self.eviction is None:
+            torch.cuda.synchronize(self.device)
+        start.record()
+        result = function()
+        end.record()
+        torch.cuda.synchronize(self.device)
+        del result
+        return start.elapsed_time(end) / 1e3
+
+
+def _status_bytes(key: str) -> int | None:
+    try:
+        with open("/proc/self/status") as file:
+            for line in file:
+                if line.startswith(key + ":"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak bytes of this process: what torch allocated on CUDA, resident memory on the CPU.
+
+    The kernel's VmHWM and not ``ru_maxrss``: the latter survives exec, so that a small process
+    started by a large one would report its parent's peak.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = _status_bytes("VmHWM")
+    if peak is None:
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak
+
+
+def start_peak(device: torch.device) -> int | None:
+    """Begins a new peak and returns the bytes now held; None where the system cannot."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    try:
+        # Freed memory that the allocator keeps would hide what the next call needs.
+        ctypes.CDLL(None).malloc_trim(0)
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+    except (OSError, AttributeError):
+        return None
+    return _status_bytes("VmRSS")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an operation cannot do without.
+
+    bytes: moved between memory and the processor.
+    flops: of matrix products, a multiply-add being two.
+    """
+
+    bytes: float = 0.0
+    flops: float = 0.0
+
+    def floor(self, bytes_per_s: float, flops_per_s: float) -> float:
+        """Seconds: the slower of the two, as they can overlap."""
+        return max(self.bytes / bytes_per_s, self.flops / flops_per_s)
+
+
+class CopyCeiling:
+    """A large copy; its bytes are those read and those written."""
+
+    def __init__(self, device: torch.device):
+        self.watch = Stopwatch(device)
+        size = COPY_BYTES[device.type]
+        self.source = torch.ones(size // 4, device=device)
+        self.target = torch.zeros_like(self.source)
+        self.bytes = 2 * size
+
+    def __call__(self) -> float:
+        return self.watch.time(lambda: self.target.copy_(self.source))
+
+
+class MatrixCeiling:
+    """A product of random [m, k] and [n, k]ᵀ in torch's own linear."""
+
+    def __init__(self, m: int, n: int, k: int, dtype: torch.dtype, device: torch.device):
+        generator = torch.Generator().manual_seed(0)
+        self.watch = Stopwatch(device)
+        self.x = torch.randn(m, k, generator=generator).to(device, dtype)
+        self.weight = torch.randn(n, k, generator=generator).to(device, dtype)
+        self.flops = 2.0 * m * n * k
+
+    @torch.no_grad()
+    def __call__(self) -> float:
+        return self.watch.time(lambda: F.linear(self.x, self.weight))
