@@ -2,13 +2,15 @@
 
 import math
 
-<<<<<<< HEAD
 import numpy as np
-=======
-import philox_reference
->>>>>>> layers
 import torch
-from philox_reference import ATTENTION_DROPOUT, counter_word, half_words, philox4x32
+from philox_reference import (
+    ATTENTION_DROPOUT,
+    counter_word,
+    half_words,
+    mask_words,
+    philox4x32,
+)
 from torch import Tensor
 
 
@@ -17,7 +19,6 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     return z * 0.5 * (1 + torch.erf(z / math.sqrt(2)))
 
 
-<<<<<<< HEAD
 def attention_keep(
     seed: int, p: float, draw: int, start: int, length: int, heads: int
 ) -> tuple[Tensor, float]:
@@ -102,7 +103,7 @@ def mask_tokens(
     random_fraction: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     ids, special_ids = tokens.tolist(), set(special.tolist())
-    words = philox_reference.mask_words(seed, len(ids)).tolist()
+    words = mask_words(seed, len(ids)).tolist()
     maskable = [t for t, token in enumerate(ids) if token not in special_ids]
     position = sorted(sorted(maskable, key=lambda t: (words[t][0], t))[:count])
     ordinary = [token for token in range(vocab_size) if token not in special_ids]
@@ -127,7 +128,8 @@ def replace_tokens(
     label = (corrupted != tokens).to(torch.uint8)
     label[tokens == pad_id] = 255
     return corrupted, label
-=======
+
+
 def vocab_logits(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return hidden @ weight.T + bias
 
@@ -136,4 +138,3 @@ def vocab_head(hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> 
     """The negative log-likelihood of each row; 0 where the target is -100."""
     logits = vocab_logits(hidden, weight, bias)
     return torch.nn.functional.cross_entropy(logits, target, reduction="none", ignore_index=-100)
->>>>>>> vocab

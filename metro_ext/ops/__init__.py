@@ -18,4 +18,14 @@ from metro_ext.ops.layer_norm import layer_norm
 from metro_ext.ops.rtd_head import rtd_head
 from metro_ext.ops.vocab_head import vocab_head
 
-__all__ = ["_C", "attention", "bias_gelu", "layer_norm", "mask_tokens", "relative_bias", "replace_tokens", "rtd_head", "vocab_head"]
+__all__ = [
+    "_C",
+    "attention",
+    "bias_gelu",
+    "layer_norm",
+    "mask_tokens",
+    "relative_bias",
+    "replace_tokens",
+    "rtd_head",
+    "vocab_head",
+]
