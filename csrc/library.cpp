@@ -97,6 +97,11 @@ STABLE_TORCH_LIBRARY(metro, m) {
 
 namespace py = pybind11;
 
+#ifdef METRO_WITH_CUDA
+// The operators that have CUDA kernels; the others refuse CUDA tensors with a sentence.
+constexpr const char* kCudaOperators[] = {"bias_gelu"};
+#endif
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The kernels of METRO-ext. Importing this module registers torch.ops.metro.*";
   m.def(
@@ -109,6 +114,11 @@ PYBIND11_MODULE(_C, m) {
         info["torch_target"] = METRO_TORCH_TARGET;
         info["cuda_version"] = METRO_CUDA_VERSION;
         info["cuda_architectures"] = METRO_CUDA_ARCHITECTURES;
+        py::list cuda_operators;
+#ifdef METRO_WITH_CUDA
+        for (const char* name : kCudaOperators) cuda_operators.append(name);
+#endif
+        info["cuda_operators"] = cuda_operators;
         return info;
       },
       "What this binary was built with. cuda_version is empty in a build without CUDA.");

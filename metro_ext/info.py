@@ -14,7 +14,10 @@ def report() -> str:
     build = _C.build_info()
     cuda = "no CUDA kernels (built without nvcc)"
     if build["cuda_version"]:
-        cuda = f"CUDA {build['cuda_version']} for {build['cuda_architectures']}"
+        cuda = (
+            f"CUDA {build['cuda_version']} for {build['cuda_architectures']} "
+            f"({', '.join(build['cuda_operators'])})"
+        )
     lines = [
         ("metro_ext", f"{metro_ext.__version__} (binary {build['version']})"),
         ("built", f"GCC {build['compiler']}, torch {build['torch_built_against']}"),

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import itertools
 import math
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -29,7 +30,7 @@ from metro_ext.held_out import evaluate, interval_figures, pack
 from metro_ext.model import PAD_ID, PretrainingModel
 from metro_ext.monitor import Monitor
 from metro_ext.objective import Objective, mask_count
-from metro_ext.ops import METRICS
+from metro_ext.ops import _C, METRICS
 from metro_ext.optim import (
     learning_rate,
     load_optimizer_tensors,
@@ -246,14 +247,10 @@ def choose_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("run.device is cuda, but torch finds no CUDA device; use --run.device=cpu")
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() and _has_cuda_kernels() else "cpu"
+        # Until every operator has its CUDA kernel, training runs where they all run.
+        has_kernels = "attention" in _C.build_info()["cuda_operators"]
+        name = "cuda" if torch.cuda.is_available() and has_kernels else "cpu"
     return torch.device(name)
-
-
-def _has_cuda_kernels() -> bool:
-    from metro_ext.ops import cuda_ops
-
-    return "attention" in cuda_ops()
 
 
 def _due(step: int, interval: int) -> bool:
@@ -342,6 +339,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--config", metavar="FILE.toml", help="configuration to start from")
     parser.add_argument("--print-config", action="store_true", help="print it all and exit")
     known, rest = parser.parse_known_args(argv)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("training on several processes is not built yet; start it without torchrun")
     config = load_config(rest, known.config, known_options=("--config", "--print-config"))
     if known.print_config:
         print(to_toml(config), end="")
