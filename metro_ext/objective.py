@@ -82,7 +82,7 @@ class Objective:
             tokens,
             self.special_ids,
             packing.seed,
-            count,
+            count=count,
             vocab_size=model.config.vocab_size,
             mask_id=self.mask_id,
             mask_fraction=self.config.mask_token_fraction,
@@ -100,7 +100,7 @@ class Objective:
         nll, hit, sample = self._vocabulary(
             model.auxiliary, model.auxiliary_head, hidden[position], target, packing.seed
         )
-        corrupted, label = replace_tokens(tokens, position, target, sample, PAD_ID)
+        corrupted, label = replace_tokens(tokens, position, target, sample, pad_id=PAD_ID)
         hidden = model.main(corrupted, packing, self.dtype)
         parts = {"mlm": (nll, hit, target), "label": label}
         logit = None
