@@ -102,8 +102,8 @@ class Layer(nn.Module):
         mixed = attention(
             qkv.view(tokens, 3, self.heads, hidden // self.heads),
             packing.cu_seqlens,
+            bias,
             packing.max_seqlen,
-            bias=bias,
             seed=seed,
             p=p,
             draw=self.draw,

@@ -18,7 +18,14 @@ from torch import Tensor
 
 from metro_ext.config_schema import ObjectiveConfig
 from metro_ext.model import PAD_ID, Encoder, LanguageModelHead, Packing, PretrainingModel
-from metro_ext.ops import mask_tokens, pretrain_loss, replace_tokens, rtd_head, vocab_head
+from metro_ext.ops import (
+    VocabHead,
+    mask_tokens,
+    pretrain_loss,
+    replace_tokens,
+    rtd_head,
+    vocab_head,
+)
 
 IGNORED = -100
 
@@ -90,19 +97,17 @@ class Objective:
         )
         if model.objective == "mlm":
             hidden = model.main(masked, packing, self.dtype)
-            nll, hit, _ = self._vocabulary(
-                model.main, model.main_head, hidden[position], target, None
-            )
-            loss, metrics = self._loss(denominators, mlm=(nll, hit, target))
+            mlm = self._vocabulary(model.main, model.main_head, hidden[position], target)
+            loss, metrics = self._loss(denominators, mlm=(mlm.nll, mlm.hit, target))
             return StepOutput(loss, metrics, masked, position, target, None, None, None)
 
         hidden = model.auxiliary(masked, packing, self.dtype)
-        nll, hit, sample = self._vocabulary(
+        mlm = self._vocabulary(
             model.auxiliary, model.auxiliary_head, hidden[position], target, packing.seed
         )
-        corrupted, label = replace_tokens(tokens, position, target, sample, pad_id=PAD_ID)
+        corrupted, label = replace_tokens(tokens, position, target, mlm.sample, pad_id=PAD_ID)
         hidden = model.main(corrupted, packing, self.dtype)
-        parts = {"mlm": (nll, hit, target), "label": label}
+        parts = {"mlm": (mlm.nll, mlm.hit, target), "label": label}
         logit = None
         if model.rtd_head is not None:
             head = model.rtd_head
@@ -113,10 +118,8 @@ class Objective:
                 rows, clm_target = hidden, tokens.masked_fill(tokens == PAD_ID, IGNORED)
             else:
                 rows, clm_target = hidden[position], target
-            clm_nll, clm_hit, _ = self._vocabulary(
-                model.main, model.main_head, rows, clm_target, None
-            )
-            parts["clm"] = (clm_nll, clm_hit, clm_target)
+            clm = self._vocabulary(model.main, model.main_head, rows, clm_target)
+            parts["clm"] = (clm.nll, clm.hit, clm_target)
         loss, metrics = self._loss(denominators, **parts)
         return StepOutput(loss, metrics, masked, position, target, corrupted, label, logit)
 
@@ -126,9 +129,9 @@ class Objective:
         head: LanguageModelHead,
         rows: Tensor,
         target: Tensor,
-        seed: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(nll, hit, sample) of the tied vocabulary head on rows [N, H]."""
+        seed: Tensor | None = None,
+    ) -> VocabHead:
+        """The tied vocabulary head on rows [N, H]; samples where there is a seed."""
         return vocab_head(
             head.transform(rows),
             encoder.embeddings.token.to(self.dtype),

@@ -16,10 +16,11 @@ from metro_ext.ops.corruption import mask_tokens, replace_tokens
 from metro_ext.ops.gelu import bias_gelu
 from metro_ext.ops.layer_norm import layer_norm
 from metro_ext.ops.rtd_head import rtd_head
-from metro_ext.ops.vocab_head import vocab_head
+from metro_ext.ops.vocab_head import VocabHead, vocab_head
 
 __all__ = [
     "_C",
+    "VocabHead",
     "attention",
     "bias_gelu",
     "layer_norm",
