@@ -71,7 +71,7 @@ inline int64_t attention_scratch(int64_t longest, int64_t head_dim, bool backwar
   const int64_t rows = attention_pad(longest, kAttentionPad);
   const int64_t tiled = attention_pad(longest, kAttentionTile);
   const int64_t dim = attention_pad(head_dim, kAttentionPad);
-  // Forward: kᵀ and v. Backward: q, qᵀ-packed, grad_out, its packed form and grad_q.
+  // Forward: k and v. Backward: q and grad_out, in two layouts each, and grad_q.
   const int64_t matrices = backward ? 5 : 2;
   const int64_t vectors = 1 + (backward ? kAttentionDiagonalBanks : 0);  // bias and its gradient
   const int64_t row_values = backward ? 2 * rows : 0;                    // lse and delta

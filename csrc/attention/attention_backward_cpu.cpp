@@ -76,6 +76,16 @@ Packed<U> lay_out(const Geometry& g, const Item& item, void* scratch) {
   return packed;
 }
 
+// A (sequence, head) and all that is fixed while it is worked on.
+template <typename U>
+struct Work {
+  const AttentionBackwardParams& p;
+  Item item;
+  Geometry g;
+  Packed<U> packed;
+  AttentionDropout dropout;
+};
+
 // Σ_c a[c] · b[c]
 template <typename T>
 inline float dot(const T* a, const T* b, int64_t n) {
@@ -138,10 +148,9 @@ void pack_keys(const AttentionParams& p, const Geometry& g, const Item& item, in
 // of `tile` from `row` on. `query` counts from the start of the sequence. kFull: a whole tile of
 // keys.
 template <bool kFull, typename U>
-void finish_strip(const AttentionBackwardParams& p, const Geometry& g, const Item& item,
-                  const Packed<U>& packed, const KeyTile<U>& key, const AttentionDropout& dropout,
-                  int64_t query, int64_t row, const float* scores, const float* grad_probs,
-                  ScoreTile<U>* tile) {
+void finish_strip(const Work<U>& work, const KeyTile<U>& key, int64_t query, int64_t row,
+                  const float* scores, const float* grad_probs, ScoreTile<U>* tile) {
+  const auto& [p, item, g, packed, dropout] = work;
   const int vectors = kFull ? kTileVectors : static_cast<int>((key.count + kLanes - 1) / kLanes);
   const vf scale = set(g.scale * kLog2E);
   const bool drop = dropout.on, with_bias = p.forward.bias != nullptr;
@@ -186,9 +195,8 @@ void finish_strip(const AttentionBackwardParams& p, const Geometry& g, const Ite
 }
 
 template <typename U>
-void process_tile(const AttentionBackwardParams& p, const Geometry& g, const Item& item,
-                  const Packed<U>& packed, const AttentionDropout& dropout, int64_t first_query,
-                  KeyTile<U>* key) {
+void process_tile(const Work<U>& work, int64_t first_query, KeyTile<U>* key) {
+  const auto& [p, item, g, packed, dropout] = work;
   ScoreTile<U> tile;
   alignas(64) float scores[kStripRows * kTile];
   alignas(64) float grad_probs[kStripRows * kTile];
@@ -201,7 +209,7 @@ void process_tile(const AttentionBackwardParams& p, const Geometry& g, const Ite
     multiply_tile<U>({packed.grads + at, g.units, 1}, key->values, kTile, g.units, grad_probs,
                      kTile, kStripRows, key->count, false);
     const auto finish = key->count == kTile ? finish_strip<true, U> : finish_strip<false, U>;
-    finish(p, g, item, packed, *key, dropout, first_query + row, row, scores, grad_probs, &tile);
+    finish(work, *key, first_query + row, row, scores, grad_probs, &tile);
   }
   const int64_t query_units = queries / kDepth<U>;
   const int64_t key_units = (key->count + kDepth<U> - 1) / kDepth<U>;
@@ -249,7 +257,7 @@ void backward_item(const AttentionBackwardParams& p, const Item& item, void* scr
   const Geometry g{f.head_dim / kDepth<U>, attention_pad(f.head_dim, kLanes), score_scale(f),
                    2 * item.padded + kAttentionPad};
   const Packed<U> packed = lay_out<U>(g, item, scratch);
-  const AttentionDropout dropout = attention_dropout(f);
+  const Work<U> work{p, item, g, packed, attention_dropout(f)};
   pack_queries<T>(p, g, item, packed);
   load_bias(f, item, packed.bias);
   for (int64_t x = 0; x < kBanks * g.bank_stride; ++x) packed.banks[x] = 0.0f;
@@ -258,7 +266,7 @@ void backward_item(const AttentionBackwardParams& p, const Item& item, void* scr
     pack_keys<T>(f, g, item, first, &key);
     for (int64_t i = 0; i < kTile * g.dim; ++i) key.grad_keys[i] = key.grad_values[i] = 0.0f;
     for (int64_t query = 0; query < item.length; query += kTile) {
-      process_tile(p, g, item, packed, dropout, query, &key);
+      process_tile(work, query, &key);
     }
     write_rows<T>(p, g, item, 1, first, key.count, key.grad_keys, g.scale);
     write_rows<T>(p, g, item, 2, first, key.count, key.grad_values, 1.0f);
