@@ -14,6 +14,16 @@ from metro_ext import _C
 from metro_ext.ops.corruption import mask_tokens, replace_tokens
 from metro_ext.ops.gelu import bias_gelu
 from metro_ext.ops.layer_norm import layer_norm
+from metro_ext.ops.loss import METRICS, pretrain_loss
 from metro_ext.ops.rtd_head import rtd_head
 
-__all__ = ["_C", "bias_gelu", "layer_norm", "mask_tokens", "replace_tokens", "rtd_head"]
+__all__ = [
+    "METRICS",
+    "_C",
+    "bias_gelu",
+    "layer_norm",
+    "mask_tokens",
+    "pretrain_loss",
+    "replace_tokens",
+    "rtd_head",
+]
