@@ -138,3 +138,39 @@ def vocab_head(hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> 
     """The negative log-likelihood of each row; 0 where the target is -100."""
     logits = vocab_logits(hidden, weight, bias)
     return torch.nn.functional.cross_entropy(logits, target, reduction="none", ignore_index=-100)
+
+
+def pretrain_loss(
+    mlm: tuple | None,
+    rtd: tuple | None,
+    clm: tuple | None,
+    denominators: Tensor | None,
+    weights: tuple[float, float, float],
+) -> tuple[Tensor, Tensor]:
+    """The parts as in ``metro_ext.ops.pretrain_loss``."""
+
+    def tokens(part):
+        nll, hit, target = part
+        counted = target != -100
+        return [nll[counted].sum(), hit[counted].sum(), counted.sum()]
+
+    def detection(part):
+        loss, logit, label = part
+        counted, replaced, predicted = label != 255, label == 1, logit > 0
+        counts = [(replaced == predicted), counted, predicted, replaced & predicted]
+        return [replaced.sum(), loss[counted].sum(), *((c & counted).sum() for c in counts)]
+
+    zero = torch.zeros((), dtype=torch.float64)
+    figures = [
+        *(tokens(mlm) if mlm else [zero] * 3),
+        *(detection(rtd) if rtd else [zero] * 6),
+        *(tokens(clm) if clm else [zero] * 3),
+    ]
+    metrics = torch.stack([f.double() for f in figures])
+    if denominators is None:
+        denominators = metrics[[2, 6, 11]].detach()
+    loss = zero
+    for weight, total, denominator in zip(weights, metrics[[0, 4, 9]], denominators, strict=True):
+        if denominator != 0:
+            loss = loss + weight * total / denominator
+    return loss, metrics.detach()
