@@ -1,6 +1,6 @@
 """Every operator beside its peers and its floor.
 
-    python bench/ops.py [FAMILY ...] [--dtype bf16 fp32] [--output FILE.json]
+    python bench/ops.py [FAMILY ...] [--dtype bf16] [--output FILE.json]
 
 Each case is timed forward (without gradient) and, where it has a gradient, forward and backward
 together. Inputs come from memory and not from a cache, as in a training step: on the CPU, calls
@@ -60,7 +60,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     names = ", ".join(FAMILIES)
     parser.add_argument("families", nargs="*", metavar="FAMILY", help=f"{names} (default: all)")
-    parser.add_argument("--dtype", nargs="+", choices=("bf16", "fp32"), default=["bf16", "fp32"])
+    parser.add_argument("--dtype", choices=("bf16", "fp32", "both"), default="both")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=15, help="timed rounds (15)")
     parser.add_argument("--warmup", type=int, default=3, help="rounds before (3)")
@@ -73,6 +73,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for name in ("--worker", "--case", "--case-dtype"):
         parser.add_argument(name, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
+    options.dtype = ["bf16", "fp32"] if options.dtype == "both" else [options.dtype]
     for family in options.families:
         if family not in FAMILIES:
             raise UserError(f"there is no operator family {family!r}; choose from {names}")
@@ -286,7 +287,8 @@ def _result(
 def measure(options: argparse.Namespace) -> tuple[list[Case], dict[str, float], int]:
     families = options.families or list(FAMILIES)
     cases = [c for c in all_cases(options.device, options.small) if c.family in families]
-    arguments = ["--device", options.device, "--dtype", *options.dtype]
+    dtype = options.dtype[0] if len(options.dtype) == 1 else "both"
+    arguments = ["--device", options.device, "--dtype", dtype]
     arguments += ["--threads", str(options.threads)] if options.threads else []
     with Worker("bench.ops", CEILINGS, arguments) as worker:
         ceilings = worker.call("measure", rounds=options.rounds, warmup=options.warmup)

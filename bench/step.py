@@ -26,6 +26,7 @@ from torch import Tensor
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # for `python bench/step.py`
 
 from bench.harness import ABSENT, Case, emit
+from bench.peers.sampling import SAMPLING
 from bench.timing import MatrixCeiling, Stopwatch, interleave, medians, peak_memory
 from bench.workers import Worker, WorkerError, serve
 from metro_ext.command_line import run
@@ -66,7 +67,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} ({default})")
     parser.add_argument("--threads", type=int, help="CPU threads (torch's default)")
     parser.add_argument(
-        "--sampling", choices=("gumbel", "multinomial"), default="gumbel", help="of the peer"
+        "--sampling", choices=tuple(SAMPLING), default="cdf", help="of the peer (cdf, the fastest)"
     )
     parser.add_argument("--compile-ours", action="store_true", help="ours through torch.compile")
     parser.add_argument(

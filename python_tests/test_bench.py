@@ -16,6 +16,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from bench import harness, ops, step
 from bench.cases import FAMILIES, all_cases
 from bench.harness import Case, emit
+from bench.peers.sampling import SAMPLING
 from bench.timing import (
     CopyCeiling,
     MatrixCeiling,
@@ -213,6 +214,20 @@ def test_a_worker_that_dies_is_named(tiny_worker):
             worker.call("die")
         with pytest.raises(WorkerError, match="one: killed by SIGKILL"):
             worker.call("count", by=1)
+
+
+@pytest.mark.parametrize("how", SAMPLING)
+def test_peers_sample_from_the_softmax(how):
+    chances = torch.tensor([0.5, 0.0, 0.3, 0.15, 0.05])
+    count = 40_000
+    torch.manual_seed(3)
+    drawn = SAMPLING[how](chances.log().expand(count, -1).contiguous())
+    counts = torch.bincount(drawn, minlength=len(chances)).double()
+    assert counts[1] == 0
+    expected = chances.double() * count
+    possible = expected > 0
+    statistic = ((counts - expected) ** 2 / expected)[possible].sum()
+    assert statistic < 16.3  # chi-square, 3 degrees of freedom, p = 0.001
 
 
 def test_every_family_is_covered_by_cases_of_its_name():

@@ -40,7 +40,7 @@ def _mask(tokens: int) -> OpCase:
             tokens,
             special,
             seed,
-            count,
+            count=count,
             vocab_size=VOCAB,
             mask_id=MASK_ID,
             mask_fraction=MASK_FRACTION,
@@ -85,7 +85,7 @@ def _replace(tokens: int) -> OpCase:
         return {name: tensor.to(device) for name, tensor in tensors.items()}
 
     def ours(tokens: Tensor, position: Tensor, target: Tensor, sample: Tensor) -> tuple:
-        return replace_tokens(tokens, position, target, sample, PAD_ID)
+        return replace_tokens(tokens, position, target, sample, pad_id=PAD_ID)
 
     def eager(tokens: Tensor, position: Tensor, target: Tensor, sample: Tensor) -> tuple:
         put = torch.where(target == IGNORED, tokens[position], sample)

@@ -57,8 +57,7 @@ def _ours(mlm_nll, mlm_hit, rtd_loss, rtd_logit, label, clm_nll, clm_hit, target
     mlm_weight, rtd_weight, clm_weight = WEIGHTS
     return pretrain_loss(
         mlm=(mlm_nll, mlm_hit, target),
-        rtd=(rtd_loss, rtd_logit),
-        label=label,
+        rtd=(rtd_loss, rtd_logit, label),
         clm=(clm_nll, clm_hit, target),
         denominators=None,
         mlm_weight=mlm_weight,

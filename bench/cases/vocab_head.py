@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.cases.common import Contender, OpCase, compiled, needs, random, seeded
+from bench.peers.sampling import SAMPLING
 from bench.timing import Work
 from metro_ext.ops import vocab_head
 
@@ -49,9 +50,9 @@ def _sampled(device: str) -> dict[str, Contender]:
     return {
         "ours": Contender(lambda: vocab_head),
         "eager multinomial": Contender(lambda: _torch("multinomial"), as_activations=True),
-        "eager gumbel": Contender(lambda: _torch("gumbel"), as_activations=True),
-        "compiled multinomial": Contender(compiled(_torch("multinomial")), as_activations=True),
+        "eager cdf": Contender(lambda: _torch("cdf"), as_activations=True),
         "compiled gumbel": Contender(compiled(_torch("gumbel")), as_activations=True),
+        "compiled cdf": Contender(compiled(_torch("cdf")), as_activations=True),
         "compiled no sample": Contender(
             compiled(_torch("")), lesser=NO_SAMPLE, as_activations=True
         ),
@@ -84,7 +85,7 @@ def _libraries(device: str, lesser: str) -> dict[str, Contender]:
 
 
 def _torch(sampling: str):
-    """nll [N], hits [N] and, unless ``sampling`` is empty, samples [N]."""
+    """nll [N], hits [N] and, with a key of `SAMPLING`, samples [N]."""
 
     def function(
         hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, **_: Tensor
@@ -93,12 +94,7 @@ def _torch(sampling: str):
         nll = F.cross_entropy(logits, target, reduction="none")
         fixed = logits.detach()
         hit = fixed.argmax(-1) == target
-        if sampling == "multinomial":
-            return nll, hit, torch.multinomial(fixed.softmax(-1), 1)
-        if sampling == "gumbel":
-            noise = torch.empty_like(fixed).exponential_()
-            return nll, hit, (fixed - noise.log()).argmax(-1)
-        return nll, hit
+        return (nll, hit, SAMPLING[sampling](fixed)) if sampling else (nll, hit)
 
     return function
 

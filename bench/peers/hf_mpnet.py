@@ -3,7 +3,7 @@
 Two ``MPNetModel``s that share the token table, ``MPNetLMHead``s tied to it on the masked rows
 alone, the same corruption, losses, clipping and fused AdamW as ours. Every choice goes the peer's
 way: no padding and so no mask, positions given and not computed, ``index_select`` for the masked
-rows, no metrics.
+rows, the cheapest way of sampling, no metrics.
 """
 
 import itertools
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from transformers import MPNetConfig, MPNetModel
 from transformers.models.mpnet.modeling_mpnet import MPNetLMHead
 
+from bench.peers.sampling import SAMPLING
 from metro_ext.config_schema import ModelConfig, ObjectiveConfig, OptimConfig
 from metro_ext.model import FIRST_POSITION
 from metro_ext.objective import mask_count
 from metro_ext.optim import parameter_groups
 
-SAMPLING = ("gumbel", "multinomial")
 # bfloat16 by autocast, or by bfloat16 weights beside float32 masters that the optimizer updates.
 MIXED = ("autocast", "masters")
 
@@ -65,7 +65,7 @@ class MetroFromMPNet(nn.Module):
     Args:
         special_ids: int64 0, 1, ...; never masked, never drawn as random tokens.
         mask_id: id of ``[MASK]``.
-        sampling: how the auxiliary model's tokens are drawn, `SAMPLING`.
+        sampling: how the auxiliary model's tokens are drawn, a key of `SAMPLING`.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class MetroFromMPNet(nn.Module):
     ):
         super().__init__()
         self.config, self.objective = config, objective
-        self.mask_id, self.sampling = mask_id, sampling
+        self.mask_id, self.sample = mask_id, SAMPLING[sampling]
         self.register_buffer("special_ids", special_ids, persistent=False)
         self.main = self._encoder(config, config.layers, config.dropout)
         self.auxiliary = self._encoder(config, config.aux_layers, config.aux_dropout)
@@ -105,7 +105,7 @@ class MetroFromMPNet(nn.Module):
         rows = self._encode(self.auxiliary, masked.view(shape)).index_select(0, position)
         logits = self.auxiliary_head(rows).float()
         mlm = F.cross_entropy(logits, target)
-        corrupted = flat.scatter(0, position, self._sample(logits.detach()))
+        corrupted = flat.scatter(0, position, self.sample(logits.detach()))
         label = (corrupted != flat).float()
         hidden = self._encode(self.main, corrupted.view(shape))
         rtd = F.binary_cross_entropy_with_logits(self.rtd_head(hidden).float(), label)
@@ -138,13 +138,6 @@ class MetroFromMPNet(nn.Module):
         first, length = FIRST_POSITION, tokens.shape[1]
         positions = torch.arange(first, first + length, device=tokens.device).expand(tokens.shape)
         return encoder(tokens, position_ids=positions).last_hidden_state.flatten(0, 1)
-
-    def _sample(self, logits: Tensor) -> Tensor:
-        if self.sampling == "multinomial":
-            return torch.multinomial(logits.softmax(-1), 1).squeeze(-1)
-        # Gumbel-max with exponential noise e: argmax(logit - ln e).
-        noise = torch.empty_like(logits).exponential_()
-        return (logits - noise.log()).argmax(-1)
 
 
 class HuggingFaceStep:
