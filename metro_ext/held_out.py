@@ -48,13 +48,15 @@ def evaluate(
     was_training = model.training
     model.eval()
     sums = torch.zeros(len(METRICS), dtype=torch.float64)
-    logits, labels, unigram_loss = [], [], 0.0
+    logits, labels, unigram_loss, replaced = [], [], 0.0, 0
     for batch in batches:
         tokens, packing = pack(batch, device)
         out = objective(model, tokens, packing)
         sums += out.metrics.double().cpu()
         target = out.target.cpu().numpy()
         unigram_loss += float(unigram_nats[target[target != IGNORED]].sum())
+        if out.label is not None:
+            replaced += int((out.label == 1).sum())
         if out.rtd_logit is not None:
             kept = (out.label <= 1).cpu()
             logits.append(out.rtd_logit.cpu()[kept].numpy())
@@ -62,6 +64,8 @@ def evaluate(
     model.train(was_training)
     figures = interval_figures(sums)
     m = dict(zip(METRICS, sums.tolist(), strict=True))
+    if model.auxiliary is not None:
+        figures["replaced_share"] = _ratio(replaced, m["mlm_count"])
     figures["mlm_perplexity"] = _exp(figures["mlm_loss"])
     figures["unigram_loss"] = _ratio(unigram_loss, m["mlm_count"])
     figures["unigram_perplexity"] = _exp(figures["unigram_loss"])

@@ -107,12 +107,12 @@ class Objective:
         )
         corrupted, label = replace_tokens(tokens, position, target, mlm.sample, pad_id=PAD_ID)
         hidden = model.main(corrupted, packing, self.dtype)
-        parts = {"mlm": (mlm.nll, mlm.hit, target), "label": label}
+        parts = {"mlm": (mlm.nll, mlm.hit, target)}
         logit = None
         if model.rtd_head is not None:
             head = model.rtd_head
             rtd_loss, logit, _ = rtd_head(head.transform(hidden), head.weight, head.bias, label)
-            parts["rtd"] = (rtd_loss, logit)
+            parts["rtd"] = (rtd_loss, logit, label)
         if model.main_head is not None:
             if model.objective == "clm-all":
                 rows, clm_target = hidden, tokens.masked_fill(tokens == PAD_ID, IGNORED)
@@ -141,14 +141,9 @@ class Objective:
             temperature=self.config.sampling_temperature,
         )
 
-    def _loss(
-        self, denominators, mlm=None, rtd=None, clm=None, label=None
-    ) -> tuple[Tensor, Tensor]:
+    def _loss(self, denominators: Tensor | None, **parts: tuple) -> tuple[Tensor, Tensor]:
         return pretrain_loss(
-            mlm=mlm,
-            rtd=rtd,
-            label=label,
-            clm=clm,
+            **parts,
             denominators=denominators,
             mlm_weight=self.config.mlm_weight,
             rtd_weight=self.config.rtd_weight,
