@@ -229,7 +229,10 @@ def initialise(model: PretrainingModel, seed: int) -> None:
     """
     config = model.config
     for name, parameter in model.named_parameters():
-        if parameter.dim() != 2:
+        if parameter.dim() == 1:
+            # nn.Linear draws its bias from the global generator; norm weights stay at one.
+            if name.endswith("bias"):
+                parameter.zero_()
             continue
         generator = torch.Generator().manual_seed(_name_seed(seed, name))
         if name.endswith("relative_bias"):

@@ -137,7 +137,7 @@ def test_denominators_split_a_step_into_micro_batches():
         + m["clm_nll_sum"] / m["clm_count"]
     )
     counts = torch.tensor([m["mlm_count"], m["rtd_count"], m["clm_count"]])
-    total = sum(float(objective(model, *batch, counts).loss) for batch in batches)
+    total = sum(objective(model, *batch, counts).loss.item() for batch in batches)
     assert math.isclose(total, expected, rel_tol=1e-5)
 
 
