@@ -32,6 +32,7 @@ from bench.workers import Worker, WorkerError, serve
 from metro_ext.command_line import run
 from metro_ext.config_schema import ModelConfig, ObjectiveConfig, OptimConfig
 from metro_ext.errors import UserError
+from metro_ext.hardware import keep_freed_memory
 from metro_ext.model import FIRST_POSITION, Packing, PretrainingModel
 from metro_ext.objective import Objective, mask_count
 from metro_ext.optim import make_optimizer
@@ -68,6 +69,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="CPU threads (torch's default)")
     parser.add_argument(
         "--sampling", choices=tuple(SAMPLING), default="cdf", help="of the peer (cdf, the fastest)"
+    )
+    parser.add_argument(
+        "--peers-keep-memory", action="store_true", help="our allocator setting for the peers too"
     )
     parser.add_argument("--compile-ours", action="store_true", help="ours through torch.compile")
     parser.add_argument(
@@ -170,6 +174,8 @@ def peer_names(options: argparse.Namespace) -> list[str]:
 
 def make_step(name: str, options: argparse.Namespace) -> Callable[[], Tensor]:
     """The contender of that name, built; importing its library is part of it."""
+    if name == "ours" or options.peers_keep_memory:
+        keep_freed_memory()  # as metro_ext.train does
     if name == "ours":
         return OurStep(options)
     from bench.peers.hf_mpnet import HuggingFaceStep, MetroFromMPNet

@@ -12,7 +12,6 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,7 +24,7 @@ from metro_ext.command_line import run
 from metro_ext.config import differences, from_dict, help_text, load_config, to_dict, to_toml
 from metro_ext.config_schema import Config
 from metro_ext.errors import UserError
-from metro_ext.hardware import peak_flops
+from metro_ext.hardware import keep_freed_memory, peak_flops
 from metro_ext.held_out import evaluate, interval_figures, pack
 from metro_ext.model import PAD_ID, PretrainingModel
 from metro_ext.monitor import Monitor
@@ -345,7 +344,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if known.print_config:
         print(to_toml(config), end="")
         return
-    pretrain(replace(config))
+    keep_freed_memory()
+    pretrain(config)
 
 
 if __name__ == "__main__":
