@@ -35,7 +35,7 @@ from metro_ext.errors import UserError
 from metro_ext.hardware import keep_freed_memory
 from metro_ext.model import FIRST_POSITION, Packing, PretrainingModel
 from metro_ext.objective import Objective, mask_count
-from metro_ext.optim import make_optimizer
+from metro_ext.optim import AdamW
 from metro_ext.presets import flops_per_token
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -126,7 +126,7 @@ class OurStep:
         model_config, objective_config, self.optim = configs(options)
         device = torch.device(options.device)
         self.model = PretrainingModel(model_config, "metro", seed=1).to(device).train()
-        self.optimizer = make_optimizer(self.model, self.optim)
+        self.optimizer = AdamW(self.model, self.optim)
         special = torch.tensor(SPECIAL_IDS, device=device)
         objective = Objective(objective_config, special, MASK_ID, DTYPES[options.precision])
         self.objective = (
@@ -148,11 +148,11 @@ class OurStep:
     def __call__(self) -> Tensor:
         """The loss [], detached."""
         tokens, packing = next(self.batches)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         loss = self.objective(self.model, tokens, packing).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.clip_norm)
-        self.optimizer.step()
+        self.optimizer.step(self.optim.lr)
         return loss.detach()
 
 

@@ -42,7 +42,8 @@ def inspect(pretrained: Pretrained, sentence: str, count: int = 5) -> Inspection
     encoder = model.auxiliary or model.main
     head = model.auxiliary_head or model.main_head
     if masks:
-        hidden = head.transform(encoder(packed.tokens, packed.packing, torch.float32)[masks])
+        table = encoder.table(torch.float32)
+        hidden = head.transform(encoder(packed.tokens, packed.packing, table)[masks])
         logits = F.linear(hidden, encoder.embeddings.token, head.bias)
         logits[:, list(tokenizer.special_ids)] = -torch.inf
         best = logits.softmax(-1).topk(min(count, tokenizer.vocab_size - 5))
@@ -51,7 +52,8 @@ def inspect(pretrained: Pretrained, sentence: str, count: int = 5) -> Inspection
             guesses[index - 1] = list(zip(pieces, best.values[row].tolist(), strict=True))
     replaced = None
     if model.rtd_head is not None:
-        hidden = model.rtd_head.transform(model.main(packed.tokens, packed.packing, torch.float32))
+        table = model.main.table(torch.float32)
+        hidden = model.rtd_head.transform(model.main(packed.tokens, packed.packing, table))
         labels = torch.zeros(len(ids), dtype=torch.uint8)
         _, logit, _ = rtd_head(hidden, model.rtd_head.weight, model.rtd_head.bias, labels)
         replaced = logit.sigmoid().tolist()[1:-1]

@@ -6,7 +6,8 @@ encoder exports as a stock ``MPNetModel``. Both encoders run on packed sequences
 [T, H] for the T tokens of a batch, ``cu_seqlens`` says where sequences begin, and nothing is
 computed on padding between them.
 
-Parameters are float32; ``dtype`` is what the matrix products and activations use. Dropout draws
+Parameters are float32; the dtype of the token table (``Encoder.table``) is what the matrix products
+and activations use. Dropout draws
 from the seed it is given: the same (seed, draw) gives the same mask wherever it runs.
 """
 
@@ -18,7 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metro_ext.config_schema import ModelConfig
-from metro_ext.ops import attention, bias_gelu, layer_norm, relative_bias
+from metro_ext.ops import (
+    TokenTable,
+    attention,
+    bias_gelu,
+    bias_gelu_linear,
+    layer_norm,
+    linear,
+    relative_bias,
+)
 
 PAD_ID = 1  # fixed by MPNet, as is the first position
 FIRST_POSITION = 2
@@ -74,9 +83,9 @@ class Embeddings(nn.Module):
         )
         self.norm = share.norm if share_all else LayerNorm(config.hidden, config.layer_norm_eps)
 
-    def forward(self, tokens: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
-        embedded = F.embedding(tokens, self.token).to(dtype)
-        return self.norm(embedded, residual=F.embedding(positions, self.position).to(dtype))
+    def forward(self, tokens: Tensor, positions: Tensor, table: TokenTable) -> Tensor:
+        rows = table.rows(tokens)
+        return self.norm(rows, residual=F.embedding(positions, self.position).to(rows.dtype))
 
 
 class Layer(nn.Module):
@@ -98,7 +107,7 @@ class Layer(nn.Module):
         p = self.dropout if training else 0.0
         seed = packing.seed if p > 0 else None
         tokens, hidden = x.shape
-        qkv = F.linear(x, self.qkv.weight.to(x.dtype), self.qkv.bias.to(x.dtype))
+        qkv = linear(x, self.qkv.weight, self.qkv.bias)
         mixed = attention(
             qkv.view(tokens, 3, self.heads, hidden // self.heads),
             packing.cu_seqlens,
@@ -109,27 +118,22 @@ class Layer(nn.Module):
             draw=self.draw,
         ).view(tokens, hidden)
         x = self.attention_norm(
-            _product(mixed, self.attention_out),
+            linear(mixed, self.attention_out.weight),
             bias=self.attention_out.bias,
             residual=x,
             seed=seed,
             p=p,
             draw=self.draw + 1,
         )
-        inner = bias_gelu(_product(x, self.ffn_in), self.ffn_in.bias)
+        inner = linear(x, self.ffn_in.weight)  # its bias is added by the fused operator
         return self.ffn_norm(
-            _product(inner, self.ffn_out),
+            bias_gelu_linear(inner, self.ffn_in.bias, self.ffn_out.weight),
             bias=self.ffn_out.bias,
             residual=x,
             seed=seed,
             p=p,
             draw=self.draw + 2,
         )
-
-
-def _product(x: Tensor, linear: nn.Linear) -> Tensor:
-    """The matrix product alone: the bias is added by the fused operator that follows."""
-    return F.linear(x, linear.weight.to(x.dtype))
 
 
 class Encoder(nn.Module):
@@ -146,8 +150,13 @@ class Encoder(nn.Module):
             Layer(config, dropout, draw + DRAWS_PER_LAYER * i) for i in range(layers)
         )
 
-    def forward(self, tokens: Tensor, packing: Packing, dtype: torch.dtype) -> Tensor:
-        x = self.embeddings(tokens, packing.positions, dtype)
+    def table(self, dtype: torch.dtype) -> TokenTable:
+        """The token table for one step; encoders that share it should share the object."""
+        return TokenTable(self.embeddings.token, dtype)
+
+    def forward(self, tokens: Tensor, packing: Packing, table: TokenTable) -> Tensor:
+        """Hidden states [T, H] of int64 tokens [T], in the dtype of the table."""
+        x = self.embeddings(tokens, packing.positions, table)
         bias = relative_bias(
             self.relative_bias, packing.max_seqlen, self.config.relative_max_distance
         )
@@ -165,7 +174,7 @@ class Transform(nn.Module):
         self.norm = LayerNorm(config.hidden, config.layer_norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(bias_gelu(_product(x, self.dense), self.dense.bias))
+        return self.norm(bias_gelu(linear(x, self.dense.weight), self.dense.bias))
 
 
 class LanguageModelHead(nn.Module):
@@ -242,7 +251,7 @@ def initialise(model: PretrainingModel, seed: int) -> None:
         if config.depth_scaled_init and name.endswith(("attention_out.weight", "ffn_out.weight")):
             depth = config.aux_layers if name.startswith("auxiliary") else config.layers
             std /= math.sqrt(2 * depth)
-        parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+        parameter.normal_(0.0, std, generator=generator)
         if name.endswith(("embeddings.token", "embeddings.position")):
             parameter[PAD_ID] = 0
 

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from metro_ext.config_schema import ObjectiveConfig
-from metro_ext.model import PAD_ID, Encoder, LanguageModelHead, Packing, PretrainingModel
+from metro_ext.model import PAD_ID, LanguageModelHead, Packing, PretrainingModel
 from metro_ext.ops import (
+    TokenTable,
     VocabHead,
     mask_tokens,
     pretrain_loss,
@@ -96,17 +97,19 @@ class Objective:
             random_fraction=self.config.random_token_fraction,
         )
         if model.objective == "mlm":
-            hidden = model.main(masked, packing, self.dtype)
-            mlm = self._vocabulary(model.main, model.main_head, hidden[position], target)
+            table = model.main.table(self.dtype)
+            hidden = model.main(masked, packing, table)
+            mlm = self._vocabulary(table, model.main_head, hidden[position], target)
             loss, metrics = self._loss(denominators, mlm=(mlm.nll, mlm.hit, target))
             return StepOutput(loss, metrics, masked, position, target, None, None, None)
 
-        hidden = model.auxiliary(masked, packing, self.dtype)
-        mlm = self._vocabulary(
-            model.auxiliary, model.auxiliary_head, hidden[position], target, packing.seed
-        )
+        table = model.auxiliary.table(self.dtype)
+        hidden = model.auxiliary(masked, packing, table)
+        mlm = self._vocabulary(table, model.auxiliary_head, hidden[position], target, packing.seed)
         corrupted, label = replace_tokens(tokens, position, target, mlm.sample, pad_id=PAD_ID)
-        hidden = model.main(corrupted, packing, self.dtype)
+        if model.config.share_embeddings == "none":
+            table = model.main.table(self.dtype)
+        hidden = model.main(corrupted, packing, table)
         parts = {"mlm": (mlm.nll, mlm.hit, target)}
         logit = None
         if model.rtd_head is not None:
@@ -118,23 +121,23 @@ class Objective:
                 rows, clm_target = hidden, tokens.masked_fill(tokens == PAD_ID, IGNORED)
             else:
                 rows, clm_target = hidden[position], target
-            clm = self._vocabulary(model.main, model.main_head, rows, clm_target)
+            clm = self._vocabulary(table, model.main_head, rows, clm_target)
             parts["clm"] = (clm.nll, clm.hit, clm_target)
         loss, metrics = self._loss(denominators, **parts)
         return StepOutput(loss, metrics, masked, position, target, corrupted, label, logit)
 
     def _vocabulary(
         self,
-        encoder: Encoder,
+        table: TokenTable,
         head: LanguageModelHead,
         rows: Tensor,
         target: Tensor,
         seed: Tensor | None = None,
     ) -> VocabHead:
-        """The tied vocabulary head on rows [N, H]; samples where there is a seed."""
+        """The head on rows [N, H], tied to the token table; samples where there is a seed."""
         return vocab_head(
             head.transform(rows),
-            encoder.embeddings.token.to(self.dtype),
+            table.matrix,
             head.bias,
             target,
             seed=seed,

@@ -1,7 +1,8 @@
 """AdamW as METRO's recipe uses it, and its learning-rate schedule."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from metro_ext.config_schema import OptimConfig
 
@@ -18,46 +19,80 @@ def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
     return config.lr * (total_steps + 1 - step) / (total_steps + 1 - warmup)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Matrices decay; norms, biases and the relative position bias do not."""
-    decayed, kept = [], []
-    for name, parameter in model.named_parameters():
-        matrix = parameter.dim() == 2 and not name.endswith("relative_bias")
-        (decayed if matrix else kept).append(parameter)
-    return [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": kept, "weight_decay": 0.0},
-    ]
+def decays(name: str, parameter: Tensor) -> bool:
+    """Whether weight decay applies: to matrices, not to norms, biases, the relative bias."""
+    return parameter.dim() == 2 and not name.endswith("relative_bias")
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Fused AdamW over the model's parameters (shared ones once)."""
-    return torch.optim.AdamW(
-        parameter_groups(model, config.weight_decay),
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=True,
-    )
+class AdamW:
+    """Decoupled weight decay (Loshchilov & Hutter, arXiv 1711.05101) by torch's fused kernel.
 
+    A thin class over ``torch.optim.adamw.adamw``: ``torch.optim.AdamW`` loads the compiler, 70 MB
+    that a training process has no other use for, and knows parameters by number instead of by name.
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:
-    """The optimizer's state by parameter name, for a checkpoint."""
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{key}.{name}"] = value
-    return tensors
+    Args:
+        model: its parameters are updated, shared ones once.
+        config: betas, epsilon and weight decay.
+    """
 
-
-def load_optimizer_tensors(
-    model: nn.Module, optimizer: torch.optim.AdamW, tensors: dict[str, torch.Tensor]
-) -> None:
-    """The inverse of `optimizer_tensors`; raises KeyError where a tensor is missing."""
-    for name, parameter in model.named_parameters():
-        optimizer.state[parameter] = {
-            key: tensors[f"{key}.{name}"].to(
-                torch.device("cpu") if key == "step" and not parameter.is_cuda else parameter.device
-            )
-            for key in ("step", "exp_avg", "exp_avg_sq")
+    def __init__(self, model: nn.Module, config: OptimConfig):
+        self.config = config
+        self.parameters = dict(model.named_parameters())
+        self.exp_avg = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
+        self.exp_avg_sq = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
+        # One count a parameter, on its device: what the fused kernel asks for.
+        self.steps = {
+            name: torch.zeros((), dtype=torch.float32, device=p.device)
+            for name, p in self.parameters.items()
         }
+
+    def zero_grad(self) -> None:
+        """Frees all gradients."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    @torch.no_grad()
+    def step(self, rate: float) -> None:
+        """One update at a learning rate; parameters without a gradient stay as they are."""
+        for decay in (True, False):
+            names = [
+                name
+                for name, parameter in self.parameters.items()
+                if parameter.grad is not None and decays(name, parameter) == decay
+            ]
+            if not names:
+                continue
+            adamw(
+                [self.parameters[name] for name in names],
+                [self.parameters[name].grad for name in names],
+                [self.exp_avg[name] for name in names],
+                [self.exp_avg_sq[name] for name in names],
+                [],
+                [self.steps[name] for name in names],
+                fused=True,
+                amsgrad=False,
+                beta1=self.config.beta1,
+                beta2=self.config.beta2,
+                lr=rate,
+                weight_decay=self.config.weight_decay if decay else 0.0,
+                eps=self.config.eps,
+                maximize=False,
+            )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state, for a checkpoint."""
+        return {
+            f"{key}.{name}": value
+            for key, values in self._state().items()
+            for name, value in values.items()
+        }
+
+    @torch.no_grad()
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of `tensors`; raises KeyError where one is missing."""
+        for key, values in self._state().items():
+            for name, value in values.items():
+                value.copy_(tensors[f"{key}.{name}"])
+
+    def _state(self) -> dict[str, dict[str, Tensor]]:
+        return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq, "step": self.steps}

@@ -49,7 +49,7 @@ class Pretrained:
     def hidden_states(self, texts: str | list[str]) -> list[Tensor]:
         """The main encoder's last hidden states, float32 [tokens, H] for each text."""
         packed = self.encode(texts)
-        hidden = self.main(packed.tokens, packed.packing, torch.float32)
+        hidden = self.main(packed.tokens, packed.packing, self.main.table(torch.float32))
         return list(hidden.split(packed.lengths))
 
 

@@ -30,12 +30,7 @@ from metro_ext.model import PAD_ID, PretrainingModel
 from metro_ext.monitor import Monitor
 from metro_ext.objective import Objective, mask_count
 from metro_ext.ops import _C, METRICS
-from metro_ext.optim import (
-    learning_rate,
-    load_optimizer_tensors,
-    make_optimizer,
-    optimizer_tensors,
-)
+from metro_ext.optim import AdamW, learning_rate
 from metro_ext.plot import plot_run
 from metro_ext.prepare import TOKENIZER_FILE, Prepared, prepare, unigram_nats
 from metro_ext.presets import flops_per_token, parameter_count
@@ -67,7 +62,7 @@ class Trainer:
         self.model = PretrainingModel(model_config, self.config.objective.name, run_config.seed).to(
             self.device
         )
-        self.optimizer = make_optimizer(self.model, self.config.optim)
+        self.optimizer = AdamW(self.model, self.config.optim)
         special = torch.tensor(prepared.tokenizer.special_ids, device=self.device)
         self.objective = Objective(
             self.config.objective, special, prepared.tokenizer.mask_id, self.dtype
@@ -121,10 +116,8 @@ class Trainer:
     def _optimizer_step(self, step: int, batches: list) -> tuple[float, float]:
         """One update from its micro-batches; returns (gradient norm, learning rate)."""
         rate = learning_rate(step, self.config.run.steps, self.config.optim)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
         denominators = self._denominators(batches) if len(batches) > 1 else None
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         loss_sum = 0.0
         for batch in batches:
             tokens, packing = pack(batch, self.device)
@@ -141,7 +134,7 @@ class Trainer:
                 f"gradient norm {grad_norm}; try a lower optim.lr or a longer warm-up (checkpoints "
                 f"up to step {step - 1} are in {self.folder / CHECKPOINTS})"
             )
-        self.optimizer.step()
+        self.optimizer.step(rate)
         self.interval_loss += loss_sum
         self.interval_steps += 1
         return grad_norm, rate
@@ -183,7 +176,7 @@ class Trainer:
     def save(self) -> None:
         """A checkpoint of the current step; older ones than the last k go."""
         tensors = {f"model.{name}": value for name, value in self.model.named_parameters()}
-        optimizer = optimizer_tensors(self.model, self.optimizer)
+        optimizer = self.optimizer.tensors()
         tensors |= {f"optimizer.{name}": value for name, value in optimizer.items()}
         tensors["interval.metrics"] = self.interval_metrics
         state = {
@@ -219,7 +212,7 @@ class Trainer:
             for name, value in found.tensors.items()
             if name.startswith(prefix)
         }
-        load_optimizer_tensors(self.model, self.optimizer, optimizer)
+        self.optimizer.load_tensors(optimizer)
         self.interval_metrics = found.tensors["interval.metrics"]
         self.interval_loss = found.state["interval_loss"]
         self.interval_steps = found.state["interval_steps"]

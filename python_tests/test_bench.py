@@ -338,7 +338,7 @@ def test_the_peer_is_the_same_model():
     batch = step.random_batches(options)[0]
     tokens, packing = step.OurStep._pack(batch, seed=0)
     with torch.no_grad():
-        mine = ours.main(tokens, packing, torch.float32)
+        mine = ours.main(tokens, packing, ours.main.table(torch.float32))
         other = peer._encode(peer.main, batch)
     torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
 

@@ -35,21 +35,25 @@ def packed(lengths=LENGTHS, seed=1):
     return tokens, Packing(positions, borders, 40, torch.tensor(9))
 
 
+def run(encoder, tokens, packing, dtype):
+    return encoder(tokens, packing, encoder.table(dtype))
+
+
 def test_encoder_equals_the_reference():
     model = excite(make_model()).eval()
     tokens, packing = packed()
     for encoder in (model.main, model.auxiliary):
-        out = encoder(tokens, packing, torch.float32)
+        out = run(encoder, tokens, packing, torch.float32)
         expected = torch.cat([reference_model.encode(encoder, s) for s in tokens.split(LENGTHS)])
         assert relative_error(out, expected) < 1e-5
-        assert relative_error(encoder(tokens, packing, torch.bfloat16), expected) < 3e-2
+        assert relative_error(run(encoder, tokens, packing, torch.bfloat16), expected) < 3e-2
 
 
 def test_gradients_equal_the_reference():
     model = excite(make_model()).eval()
     tokens, packing = packed()
     weight = torch.randn(len(tokens), 32, generator=torch.Generator().manual_seed(2))
-    (model.main(tokens, packing, torch.float32) * weight).sum().backward()
+    (run(model.main, tokens, packing, torch.float32) * weight).sum().backward()
     ours = {name: p.grad.clone() for name, p in model.main.named_parameters()}
     model.zero_grad()
     out = torch.cat([reference_model.encode(model.main, s) for s in tokens.split(LENGTHS)])
@@ -63,8 +67,8 @@ def test_documents_are_kept_apart():
     tokens, packing = packed()
     changed = tokens.clone()
     changed[:40] = 7
-    before = model.main(tokens, packing, torch.float32)[40:]
-    assert torch.equal(before, model.main(changed, packing, torch.float32)[40:])
+    before = run(model.main, tokens, packing, torch.float32)[40:]
+    assert torch.equal(before, run(model.main, changed, packing, torch.float32)[40:])
 
 
 @pytest.mark.parametrize("share", ["token", "all", "none"])
@@ -114,17 +118,17 @@ def test_relative_bias_start():
 def test_dropout_acts_in_training_only_and_depends_on_the_seed():
     model = excite(make_model())
     tokens, packing = packed()
-    evaluated = model.eval().main(tokens, packing, torch.float32)
+    evaluated = run(model.eval().main, tokens, packing, torch.float32)
     model.train()
-    first = model.main(tokens, packing, torch.float32)
+    first = run(model.main, tokens, packing, torch.float32)
     assert not torch.equal(first, evaluated)
-    assert torch.equal(first, model.main(tokens, packing, torch.float32))
+    assert torch.equal(first, run(model.main, tokens, packing, torch.float32))
     other = dataclasses.replace(packing, seed=torch.tensor(10))
-    assert not torch.equal(first, model.main(tokens, other, torch.float32))
+    assert not torch.equal(first, run(model.main, tokens, other, torch.float32))
     # The auxiliary model has no dropout.
     assert torch.equal(
-        model.auxiliary(tokens, packing, torch.float32),
-        model.auxiliary(tokens, other, torch.float32),
+        run(model.auxiliary, tokens, packing, torch.float32),
+        run(model.auxiliary, tokens, other, torch.float32),
     )
 
 

@@ -3,13 +3,7 @@ import torch
 
 from metro_ext.config_schema import ModelConfig, OptimConfig
 from metro_ext.model import PretrainingModel
-from metro_ext.optim import (
-    learning_rate,
-    load_optimizer_tensors,
-    make_optimizer,
-    optimizer_tensors,
-    parameter_groups,
-)
+from metro_ext.optim import AdamW, decays, learning_rate
 
 CONFIG = ModelConfig(
     layers=1, hidden=16, ffn=32, heads=2, aux_layers=1, vocab_size=40, sequence_length=16
@@ -32,39 +26,64 @@ def test_no_warm_up():
     assert learning_rate(1, 4, OptimConfig(lr=1.0, warmup_steps=0)) == pytest.approx(4 / 5)
 
 
-def test_only_matrices_decay_and_shared_parameters_come_once():
+def set_gradients(model, seed):
+    for index, parameter in enumerate(model.parameters()):
+        generator = torch.Generator().manual_seed(1000 * seed + index)
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+def test_equals_torchs_adamw():
+    config = OptimConfig(weight_decay=0.1)
+    model, peer = (PretrainingModel(CONFIG, "metro", seed=0) for _ in range(2))
+    optimizer = AdamW(model, config)
+    groups = [
+        {"params": [p for name, p in peer.named_parameters() if decays(name, p) == decay]}
+        for decay in (True, False)
+    ]
+    groups[0]["weight_decay"], groups[1]["weight_decay"] = 0.1, 0.0
+    reference = torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.98), eps=1e-6, fused=True)
+    for step in range(3):
+        set_gradients(model, step)
+        set_gradients(peer, step)
+        optimizer.step(0.01)
+        reference.step()
+    for a, b in zip(model.parameters(), peer.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_only_matrices_decay():
     model = PretrainingModel(CONFIG, "metro", seed=0)
-    decayed, kept = parameter_groups(model, 0.01)
-    everything = [id(p) for p in decayed["params"] + kept["params"]]
-    assert len(everything) == len(set(everything)) == len(list(model.parameters()))
-    assert all(p.dim() == 2 for p in decayed["params"])
-    bias_tables = {id(model.main.relative_bias), id(model.auxiliary.relative_bias)}
-    assert bias_tables <= {id(p) for p in kept["params"]}
-    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.01, 0.0)
+    optimizer = AdamW(model, OptimConfig())
+    decayed = {name for name, p in optimizer.parameters.items() if decays(name, p)}
+    assert "main.layers.0.qkv.weight" in decayed and "main.embeddings.token" in decayed
+    assert not any(name.endswith(("bias", "norm.weight")) for name in decayed)
+    assert len(optimizer.parameters) == len(list(model.parameters()))  # shared ones once
 
 
-def steps(model, optimizer, count):
-    for step in range(count):
-        for index, parameter in enumerate(model.parameters()):
-            generator = torch.Generator().manual_seed(100 * step + index)
-            parameter.grad = torch.randn(parameter.shape, generator=generator)
-        optimizer.step()
+def test_a_parameter_without_gradient_stays():
+    model = PretrainingModel(CONFIG, "metro", seed=0)
+    before = model.rtd_head.bias.clone(), model.main_head.bias.clone()
+    optimizer = AdamW(model, OptimConfig())
+    set_gradients(model, 0)
+    model.rtd_head.bias.grad = None
+    optimizer.step(0.1)
+    assert torch.equal(before[0], model.rtd_head.bias)
+    assert not torch.equal(before[1], model.main_head.bias)
 
 
 def test_state_round_trip_continues_bit_for_bit():
     unbroken = PretrainingModel(CONFIG, "metro", seed=0)
-    optimizer = make_optimizer(unbroken, OptimConfig())
-    steps(unbroken, optimizer, 2)
-    saved = {k: v.clone() for k, v in optimizer_tensors(unbroken, optimizer).items()}
-    weights = {k: v.detach().clone() for k, v in unbroken.named_parameters()}
-    steps(unbroken, optimizer, 2)
-
+    optimizer = AdamW(unbroken, OptimConfig())
+    for step in range(2):
+        set_gradients(unbroken, step)
+        optimizer.step(0.01)
+    saved = {name: value.clone() for name, value in optimizer.tensors().items()}
     resumed = PretrainingModel(CONFIG, "metro", seed=1)
-    with torch.no_grad():
-        for name, parameter in resumed.named_parameters():
-            parameter.copy_(weights[name])
-    optimizer = make_optimizer(resumed, OptimConfig())
-    load_optimizer_tensors(resumed, optimizer, saved)
-    steps(resumed, optimizer, 2)
+    resumed.load_state_dict(unbroken.state_dict())
+    other = AdamW(resumed, OptimConfig())
+    other.load_tensors(saved)
+    for model, one in ((unbroken, optimizer), (resumed, other)):
+        set_gradients(model, 5)
+        one.step(0.01)
     for a, b in zip(unbroken.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)

@@ -18,7 +18,7 @@ from bench.peers.sampling import SAMPLING
 from metro_ext.config_schema import ModelConfig, ObjectiveConfig, OptimConfig
 from metro_ext.model import FIRST_POSITION
 from metro_ext.objective import mask_count
-from metro_ext.optim import parameter_groups
+from metro_ext.optim import decays
 
 # bfloat16 by autocast, or by bfloat16 weights beside float32 masters that the optimizer updates.
 MIXED = ("autocast", "masters")
@@ -162,7 +162,13 @@ class HuggingFaceStep:
         self.model = model.to(device).train()
         self.clip_norm, self.mixed, self.device = optim.clip_norm, mixed, device
         self.masters: list[Tensor] = []
-        groups = parameter_groups(self.model, optim.weight_decay)
+        groups = [
+            {
+                "params": [p for n, p in self.model.named_parameters() if decays(n, p) == decay],
+                "weight_decay": optim.weight_decay if decay else 0.0,
+            }
+            for decay in (True, False)
+        ]
         if mixed == "masters":
             groups = self._with_masters(groups)
         self.updated = [p for group in groups for p in group["params"]]

@@ -15,17 +15,22 @@ from metro_ext.ops.attention import attention, relative_bias
 from metro_ext.ops.corruption import mask_tokens, replace_tokens
 from metro_ext.ops.gelu import bias_gelu
 from metro_ext.ops.layer_norm import layer_norm
+from metro_ext.ops.linear import bias_gelu_linear, linear
 from metro_ext.ops.loss import METRICS, pretrain_loss
 from metro_ext.ops.rtd_head import rtd_head
+from metro_ext.ops.token_table import TokenTable
 from metro_ext.ops.vocab_head import VocabHead, vocab_head
 
 __all__ = [
     "METRICS",
     "_C",
+    "TokenTable",
     "VocabHead",
     "attention",
     "bias_gelu",
+    "bias_gelu_linear",
     "layer_norm",
+    "linear",
     "mask_tokens",
     "pretrain_loss",
     "relative_bias",

@@ -1,0 +1,77 @@
+"""Matrix products of activations with float32 parameters, by torch's own kernels.
+
+Written as autograd functions for what they keep: the parameter itself, not its rounded copy, and
+for `bias_gelu_linear` the input of the GELU, not also its output. A copy costs a pass over the
+weight; kept through the backward pass, all copies and GELU outputs are a third of a step's memory.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from metro_ext.ops.gelu import bias_gelu
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias = bias is not None
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad_out: Tensor):
+        x, weight = ctx.saved_tensors
+        grad_x = grad_out @ weight.to(x.dtype)
+        grad_weight = (grad_out.t() @ x).to(weight.dtype)
+        grad_bias = grad_out.sum(0, dtype=torch.float32) if ctx.has_bias else None
+        return grad_x, grad_weight, grad_bias
+
+
+class _BiasGeluLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, bias: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, bias, weight)
+        return F.linear(bias_gelu(x, bias), weight.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad_out: Tensor):
+        x, bias, weight = ctx.saved_tensors
+        grad_weight = (grad_out.t() @ bias_gelu(x, bias)).to(weight.dtype)
+        grad_inner = grad_out @ weight.to(x.dtype)
+        grad_x, grad_bias = torch.ops.metro.bias_gelu_backward(grad_inner, x, bias)
+        return grad_x, grad_bias, grad_weight
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x·weightᵀ + bias in the dtype of ``x``; parameters and their gradients stay float32.
+
+    Args:
+        x: activations [T, K], float32 or bfloat16 (float16 on CUDA).
+        weight: float32 [N, K].
+        bias: float32 [N].
+
+    Returns:
+        Activations [T, N].
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices do not fit (torch's own message).
+    """
+    return _Linear.apply(x, weight, bias)
+
+
+def bias_gelu_linear(x: Tensor, bias: Tensor, weight: Tensor) -> Tensor:
+    """GELU(x + bias)·weightᵀ: the second half of a feed-forward block.
+
+    Args:
+        x: activations [T, F], float32 or bfloat16 (float16 on CUDA).
+        bias: float32 [F].
+        weight: float32 [H, F].
+
+    Returns:
+        Activations [T, H]. The backward pass recomputes the GELU from ``x``.
+
+    Raises:
+        RuntimeError: a shape, dtype or device is not as above.
+    """
+    return _BiasGeluLinear.apply(x, bias, weight)

@@ -1,0 +1,66 @@
+"""A token embedding table that is read by lookups and by tied vocabulary heads in one step."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class TokenTable:
+    """One step's use of a token table: rows for the embeddings, the matrix for tied heads.
+
+    By plain autograd every lookup has a gradient of the table's full size, zeros nearly all of it:
+    at a vocabulary of 64K and a width of 256 that is 67 MB each to allocate, clear and add. Here
+    the lookups hand their few rows on, and the table's one gradient is the heads' plus these rows.
+
+    Args:
+        weight: float32 [V, H].
+        dtype: of rows and matrix; the rounded copy is made once.
+
+    An instance serves one forward and backward pass. Under ``torch.compile``, which cannot follow
+    the collection, it is plain autograd.
+    """
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype):
+        self.weight = weight
+        self.plain = torch.compiler.is_compiling()
+        self.lookups: list[tuple[Tensor, Tensor]] = []
+        self.matrix = weight.to(dtype) if self.plain else _Table.apply(weight, dtype, self.lookups)
+
+    def rows(self, tokens: Tensor) -> Tensor:
+        """The rows of int64 tokens [T]: [T, H] in the table's dtype."""
+        if self.plain:
+            return F.embedding(tokens, self.weight).to(self.matrix.dtype)
+        return _Lookup.apply(self.matrix, tokens, self.lookups)
+
+
+class _Table(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight: Tensor, dtype: torch.dtype, lookups: list) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(weight)
+        ctx.lookups = lookups
+        return weight.to(dtype) if weight.dtype != dtype else weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor | None):
+        # Autograd comes here after every use of the matrix, so the lookups have all reported.
+        (weight,) = ctx.saved_tensors
+        grad = torch.zeros_like(weight) if grad is None else grad.to(weight.dtype)
+        for tokens, rows in ctx.lookups:
+            grad.index_put_((tokens,), rows.to(weight.dtype), accumulate=True)
+        ctx.lookups.clear()
+        return grad, None, None
+
+
+class _Lookup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, matrix: Tensor, tokens: Tensor, lookups: list) -> Tensor:
+        ctx.save_for_backward(tokens)
+        ctx.lookups = lookups
+        return F.embedding(tokens, matrix)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (tokens,) = ctx.saved_tensors
+        ctx.lookups.append((tokens, grad))
+        return None, None, None

@@ -1,0 +1,55 @@
+import pytest
+import reference
+import torch
+from op_checks import DEVICE_DTYPES, DEVICES, check_against_reference
+
+from metro_ext.ops import bias_gelu_linear, linear
+
+
+def tensors(device, dtype, *shapes):
+    """The first in dtype, the others, parameters, in float32."""
+    generator = torch.Generator().manual_seed(0)
+    made = [torch.randn(shape, generator=generator).to(device) for shape in shapes]
+    return [made[0].to(dtype), *made[1:]]
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
+def test_linear_matches_reference(device, dtype, with_bias):
+    shapes = [(37, 12), (9, 12)] + ([(9,)] if with_bias else [])
+    inputs = tensors(device, dtype, *shapes)
+    check_against_reference(linear, torch.nn.functional.linear, inputs, dtype)
+
+
+@pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
+def test_bias_gelu_linear_matches_reference(device, dtype):
+    def expected(x, bias, weight):
+        return reference.bias_gelu(x, bias) @ weight.t()
+
+    inputs = tensors(device, dtype, (37, 24), (24,), (10, 24))
+    check_against_reference(bias_gelu_linear, expected, inputs, dtype)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_keeps_neither_copies_of_weights_nor_the_gelu(device):
+    x, bias, weight = tensors(device, torch.bfloat16, (64, 24), (24,), (10, 24))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        bias_gelu_linear(x.requires_grad_(), bias.requires_grad_(), weight.requires_grad_())
+        linear(x, weight, None)
+    pointers = {t.data_ptr() for t in kept}
+    assert pointers == {x.data_ptr(), bias.data_ptr(), weight.data_ptr()}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiles_whole(device):
+    x, bias, weight = tensors(device, torch.float32, (8, 24), (24,), (10, 24))
+    inputs = [t.requires_grad_() for t in (x, bias, weight)]
+
+    def function(x, bias, weight):
+        return linear(bias_gelu_linear(x, bias, weight), weight.t()).sum()
+
+    compiled = torch.compile(function, fullgraph=True)
+    expected = torch.autograd.grad(function(*inputs), inputs)
+    for a, b in zip(torch.autograd.grad(compiled(*inputs), inputs), expected, strict=True):
+        torch.testing.assert_close(a, b)

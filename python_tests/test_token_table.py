@@ -1,0 +1,65 @@
+import pytest
+import torch
+from op_checks import DEVICES, assert_bitwise_repeatable, relative_error
+
+from metro_ext.ops import TokenTable
+
+V, H = 60, 8
+
+
+def uses(matrix, rows, tokens):
+    """Two lookups and a product that depends on the first, as a step has them."""
+    first, second = rows(tokens[0]), rows(tokens[1])
+    return (first @ matrix.t()).sin().sum() + (second * first).sum()
+
+
+def inputs(device):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(V, H, generator=generator).to(device).requires_grad_()
+    tokens = torch.randint(0, 7, (2, 40), generator=generator).to(device)  # many repeats
+    return weight, tokens
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+def test_gradient_is_that_of_plain_autograd(device, dtype, tolerance):
+    weight, tokens = inputs(device)
+    table = TokenTable(weight, dtype)
+    assert table.matrix.dtype == dtype
+    (ours,) = torch.autograd.grad(uses(table.matrix, table.rows, tokens), weight)
+    exact = weight.detach().double().requires_grad_()
+    (expected,) = torch.autograd.grad(uses(exact, lambda t: exact[t], tokens), exact)
+    assert ours.dtype == torch.float32
+    assert relative_error(ours, expected) < tolerance
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_lookups_alone(device):
+    weight, tokens = inputs(device)
+    TokenTable(weight, torch.bfloat16).rows(tokens[0]).sum().backward()
+    counts = torch.bincount(tokens[0], minlength=V).float()
+    assert torch.equal(weight.grad, counts[:, None].expand(V, H))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_repeats_bit_for_bit(device):
+    weight, tokens = inputs(device)
+
+    def gradient():
+        table = TokenTable(weight, torch.bfloat16)
+        return torch.autograd.grad(uses(table.matrix, table.rows, tokens).float(), weight)
+
+    assert_bitwise_repeatable(gradient)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiles_whole(device):
+    weight, tokens = inputs(device)
+
+    def function(weight, tokens):
+        table = TokenTable(weight, torch.float32)
+        return uses(table.matrix, table.rows, tokens)
+
+    (ours,) = torch.autograd.grad(torch.compile(function, fullgraph=True)(weight, tokens), weight)
+    (expected,) = torch.autograd.grad(function(weight, tokens), weight)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
