@@ -175,7 +175,6 @@ class RunConfig(_Section):
     keep_checkpoints: int = _option(2, "newest checkpoints that are kept", minimum=1)
     device: str = _option("auto", "where to train", choices=("auto", "cpu", "cuda"))
     compile: bool = _option(False, "run the model through torch.compile")
-    deterministic: bool = _option(True, "same seed, same bits; refuses kernels that cannot")
     tensorboard: bool = _option(False, "write TensorBoard events too (needs tensorboard)")
 
 

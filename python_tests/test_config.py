@@ -104,12 +104,12 @@ def test_base_stands_unless_a_preset_is_asked_for():
 
 def test_shortcuts_and_forms():
     argv = ["--run", "r", "--steps=3", "--objective", "clm-all", "--precision", "bf16"]
-    argv += ["--seed", "4", "--run.compile", "--run.deterministic", "false"]
+    argv += ["--seed", "4", "--run.compile", "--run.tensorboard", "true"]
     argv += ["--data.train=a.txt,b c.txt", "--data.valid", '["d,e"]']
     config = load_config(argv)
     assert config.run == dataclasses.replace(
         load_config().run, dir="r", steps=3, precision="bf16", seed=4, compile=True,
-        deterministic=False,
+        tensorboard=True,
     )  # fmt: skip
     assert config.objective.name == "clm-all"
     assert config.data.train == ("a.txt", "b c.txt") and config.data.valid == ("d,e",)

@@ -25,8 +25,7 @@ inline vf log1p_of_exp(vf e) {
 // The operand that may be NaN stands second in max(), which then returns it.
 inline vf softplus(vf z) { return max(vf{}, z) + log1p_of_exp(exp(-max(-z, z))); }
 
-// exp() does not pass NaN on.
-inline vf sigmoid(vf z) { return select(z == z, 1.0f / (1.0f + exp(-z)), z); }
+inline vf sigmoid(vf z) { return 1.0f / (1.0f + exp(-z)); }
 
 // The signs and weights of up to kLanes labels as vectors.
 struct Labels {

@@ -16,9 +16,6 @@ constexpr int64_t kGrainElements = 16384;
 // come from vector code.
 constexpr int64_t kGroup = kLanes * kSampleTile;
 
-// exp of simd.h takes NaN for a large number; a loss must show it.
-inline vf exp_or_nan(vf x) { return select(x != x, x, exp(x)); }
-
 // A stretch of one row: logits without bias, the bias beside them, `n` columns from `column` on.
 template <typename T>
 struct Stretch {
@@ -49,7 +46,7 @@ float max_logit(const Stretch<T>& s) {
 template <typename T>
 float sum_exp(const Stretch<T>& s, float max, float scale) {
   vf sum{};
-  for (int64_t i = 0; i < s.n; i += kLanes) sum += exp_or_nan((s.at(i) - max) * scale);
+  for (int64_t i = 0; i < s.n; i += kLanes) sum += exp((s.at(i) - max) * scale);
   return reduce_add(sum);
 }
 
@@ -72,7 +69,7 @@ int64_t draw_token(const Stretch<T>& tile, float scale, float u) {
   float weights[kSampleTile];
   const float max = max_logit(tile);
   for (int64_t i = 0; i < tile.n; i += kLanes) {
-    store(weights + i, exp_or_nan((tile.at(i) - max) * scale));
+    store(weights + i, exp((tile.at(i) - max) * scale));
   }
   float total = 0.0f;
   for (int64_t i = 0; i < tile.n; ++i) total += weights[i];
@@ -190,12 +187,12 @@ void grad_columns(const VocabHeadGradParams& p, int64_t begin, int64_t end) {
     const float target_logit = has_target ? to_float(logits[at]) + bias[at] : 0.0f;
     for (int64_t i = 0; i < n; i += kLanes) {
       const vf logit = load_upto(logits + i, n - i) + load_upto(bias + i, n - i);
-      const vf grad = scale * exp_or_nan(logit - lse);
+      const vf grad = scale * exp(logit - lse);
       store_upto(logits + i, grad, n - i);
       store(sums + i, load(sums + i) + grad);
     }
     if (has_target) {
-      const float softmax = exp_or_nan(set(target_logit - lse))[0];
+      const float softmax = exp(set(target_logit - lse))[0];
       from_float(logits + at, scale * (softmax - 1.0f));
       sums[at] -= scale;
     }
