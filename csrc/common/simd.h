@@ -192,7 +192,7 @@ inline float reduce_max(vf x) {
 // minimax polynomial for (e^r - 1 - r) / r² (relative error of e^r below 4e-9).
 inline vf exp(vf x) {
   const vi underflow = x < -87.0f;
-  x = min(set(88.0f), x);  // in this order a NaN stays one
+  x = min(set(88.0f), x);             // in this order a NaN stays one
   const vf shift = set(12582912.0f);  // 1.5 · 2²³: adding it rounds to an integer
   const vf shifted = fma(x, set(1.44269504f), shift);
   const vf n = shifted - shift;
