@@ -3,7 +3,7 @@
 The headers here stand in for CUDA's. Every CUDA thread is a fibre; a block's threads run until they
 wait (barriers, warp operations), so that a divergent barrier, or a shuffle whose mask names a lane
 that never arrives, is an error with a message. Shared memory is spoiled with NaNs before each
-block, ``cp.async`` lands only in the wait for its group, and everything runs under AddressSanitizer
+block (static arrays of kernel templates excepted), ``cp.async`` lands only in the wait for its group, and everything runs under AddressSanitizer
 and UndefinedBehaviorSanitizer. What it does not show: data races within the order it runs threads
 in (``order="reverse"`` runs them the other way round: results must not change), weak memory
 ordering, the rounding of the tensor cores' own sums, and speed.

@@ -1,9 +1,10 @@
-// Stands in for CUDA's <cuda_runtime.h> where the host compiler compiles .cu files; see __init__.py.
+// Stands in for CUDA's <cuda_runtime.h> where the host compiler compiles .cu files; see
+// __init__.py.
 #pragma once
 
 #define METRO_EMULATED_RUNTIME 1
 // Blocks run one after another, so that their shared variables may be static. The section lets the
-// scheduler find and spoil them between blocks.
+// scheduler find and spoil them between blocks; GCC leaves those of function templates out of it.
 #define __shared__ static __attribute__((section("metro_shared")))
 #define __launch_bounds__(...)
 #define __global__

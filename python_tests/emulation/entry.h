@@ -41,7 +41,7 @@ bool add_entry(const char* name, Entry entry);
 
 }  // namespace metro::emulation
 
-#define METRO_ENTRY(name)                                                                   \
-  static int name##_entry(const metro::emulation::Arguments& in);                           \
-  static const bool name##_added = metro::emulation::add_entry(#name, name##_entry);        \
+#define METRO_ENTRY(name)                                                            \
+  static int name##_entry(const metro::emulation::Arguments& in);                    \
+  static const bool name##_added = metro::emulation::add_entry(#name, name##_entry); \
   static int name##_entry([[maybe_unused]] const metro::emulation::Arguments& in)

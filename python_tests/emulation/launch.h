@@ -24,8 +24,8 @@ template <typename... Params, typename... Args>
 cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, void*,
                    Args&&... args) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
-  const cudaError_t error = emulation::check_launch(reinterpret_cast<const void*>(kernel), grid,
-                                                    block, shared_bytes);
+  const cudaError_t error =
+      emulation::check_launch(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes);
   if (error != cudaSuccess) return error;
   struct Call {
     void (*kernel)(Params...);

@@ -67,12 +67,12 @@ void __stcg(T* p, T value) {
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 
-#define METRO_ATOMIC(name, expression)                    \
-  template <typename T>                                   \
-  T name(T* at, std::type_identity_t<T> b) {              \
-    const T a = *at;                                      \
-    *at = static_cast<T>(expression);                     \
-    return a;                                             \
+#define METRO_ATOMIC(name, expression)       \
+  template <typename T>                      \
+  T name(T* at, std::type_identity_t<T> b) { \
+    const T a = *at;                         \
+    *at = static_cast<T>(expression);        \
+    return a;                                \
   }
 METRO_ATOMIC(atomicAdd, a + b)
 METRO_ATOMIC(atomicSub, a - b)

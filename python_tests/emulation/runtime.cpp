@@ -13,9 +13,9 @@
 
 namespace {
 
-constexpr size_t kSharedBytes = 48 * 1024;         // a block's, unless the launcher asks for more
-constexpr size_t kMostSharedBytes = 163 * 1024;    // sm_80
-constexpr int kMultiprocessors = 3;                // few, so that persistent loops go round
+constexpr size_t kSharedBytes = 48 * 1024;       // a block's, unless the launcher asks for more
+constexpr size_t kMostSharedBytes = 163 * 1024;  // sm_80
+constexpr int kMultiprocessors = 3;              // few, so that persistent loops go round
 
 std::map<const void*, size_t>& shared_limits() {
   static std::map<const void*, size_t> limits;
@@ -129,8 +129,7 @@ void Arguments::write(const std::string& folder) const {
   for (const auto& [name, tensor] : tensors_) {
     if (tensor.memory == nullptr) continue;
     std::ofstream file(folder + "/" + name + ".bin", std::ios::binary);
-    file.write(static_cast<const char*>(tensor.memory),
-               static_cast<std::streamsize>(tensor.bytes));
+    file.write(static_cast<const char*>(tensor.memory), static_cast<std::streamsize>(tensor.bytes));
     free(tensor.memory);
   }
 }

@@ -48,8 +48,10 @@ metro_switch_stack:
 .size metro_switch_stack, .-metro_switch_stack
 )");
 
-// The static __shared__ variables; weak, for kernels without any.
+// The static __shared__ variables (weak, for kernels without any), and all static variables: GCC
+// leaves those of function templates out of the section.
 extern "C" {
+extern unsigned char __data_start[], _end[];
 extern __attribute__((weak, visibility("hidden"))) unsigned char __start_metro_shared[];
 extern __attribute__((weak, visibility("hidden"))) unsigned char __stop_metro_shared[];
 }
@@ -186,8 +188,9 @@ void prepare(Fiber& fiber) {
     fiber.stack = static_cast<unsigned char*>(memory) + kGuardBytes;
     fiber.stack_bytes = kStackBytes;
   }
-  // Six registers, then the address that `ret` jumps to; the stack is aligned as after a call.
-  void** top = reinterpret_cast<void**>(static_cast<unsigned char*>(fiber.stack) + kStackBytes) - 2;
+  // Six registers, then the address that `ret` jumps to; the stack is 8 past a multiple of 16, as
+  // after a call.
+  void** top = reinterpret_cast<void**>(static_cast<unsigned char*>(fiber.stack) + kStackBytes) - 3;
   top[-1] = reinterpret_cast<void*>(&first_entry);
   for (int i = 2; i <= 7; ++i) top[-i] = nullptr;
   fiber.stack_pointer = top - 7;
@@ -227,12 +230,8 @@ Exchange& find_exchange(Warp& warp, uint32_t mask, const char* what) {
   for (auto& e : warp.exchanges) {
     if (e->mask == 0) {
       free_one = e.get();
-    } else if (e->arrived != e->mask) {
-      if (e->mask == mask && e->what == what) return *e;
-      if ((e->mask & mask) != 0) {
-        fail("%s over the lanes 0x%08x, while lanes 0x%08x of the warp wait in %s over 0x%08x",
-             what, mask, e->arrived, e->what, e->mask);
-      }
+    } else if (e->arrived != e->mask && e->mask == mask && e->what == what) {
+      return *e;
     }
   }
   if (free_one == nullptr) {
@@ -345,9 +344,8 @@ void check_shared(const char* what, const void* pointer, int bytes) {
   if (reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(bytes) != 0) {
     fail("%s: the shared address is no multiple of %d", what, bytes);
   }
-  const bool dynamic =
-      p >= machine.dynamic && p + bytes <= machine.dynamic + machine.dynamic_bytes;
-  if (!dynamic && !(p >= __start_metro_shared && p + bytes <= __stop_metro_shared)) {
+  const bool dynamic = p >= machine.dynamic && p + bytes <= machine.dynamic + machine.dynamic_bytes;
+  if (!dynamic && !(p >= __data_start && p + bytes <= _end)) {
     fail("%s: out of bounds: the address is not in the block's shared memory", what);
   }
 }

@@ -15,11 +15,11 @@ struct Shuffle {
 // The value of `source`, a lane of the mask.
 template <typename T>
 T shuffle(uint32_t mask, T value, int source, Place place) {
-  if ((mask >> source & 1u) == 0) {
+  if ((mask >> lane() & 1u) != 0 && (mask >> source & 1u) == 0) {
     fail("%s at %s:%d reads lane %d, which is not in the mask 0x%08x", place.what, place.file,
          place.line, source, mask);
   }
-  Exchange& e = meet(mask, place, &value, sizeof(T));
+  Exchange& e = meet(mask, place, &value, sizeof(T));  // refuses a caller outside its mask
   const T result = e.get<T>(source);
   leave(e);
   return result;
@@ -87,10 +87,10 @@ inline int __all_sync(unsigned mask, int predicate, metro::emulation::Shuffle at
                                 [](bool a, bool b) { return a && b; });
 }
 
-#define METRO_REDUCE(name, expression)                                                   \
-  template <typename T>                                                                  \
-  T name(unsigned mask, T value, metro::emulation::Shuffle at = {}) {                    \
-    return metro::emulation::fold(mask, value, METRO_PLACE,                              \
+#define METRO_REDUCE(name, expression)                                                  \
+  template <typename T>                                                                 \
+  T name(unsigned mask, T value, metro::emulation::Shuffle at = {}) {                   \
+    return metro::emulation::fold(mask, value, METRO_PLACE,                             \
                                   [](T a, T b) { return static_cast<T>(expression); }); \
   }
 METRO_REDUCE(__reduce_add_sync, a + b)
