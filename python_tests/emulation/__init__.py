@@ -2,11 +2,11 @@
 
 The headers here stand in for CUDA's. Every CUDA thread is a fibre; a block's threads run until they
 wait (barriers, warp operations), so that a divergent barrier, or a shuffle whose mask names a lane
-that never arrives, is an error with a message. Shared memory is spoiled with NaNs before each
-block (static arrays of kernel templates excepted), ``cp.async`` lands only in the wait for its group, and everything runs under AddressSanitizer
-and UndefinedBehaviorSanitizer. What it does not show: data races within the order it runs threads
-in (``order="reverse"`` runs them the other way round: results must not change), weak memory
-ordering, the rounding of the tensor cores' own sums, and speed.
+that never arrives, is an error with a message. Shared memory is spoiled with NaNs before each block
+(static arrays of kernel templates excepted), ``cp.async`` lands only in the wait for its group, and
+everything runs under AddressSanitizer and UndefinedBehaviorSanitizer. Not shown: races that neither
+order of the threads exposes (``order="reverse"`` runs them the other way round: results must not
+change), weak memory ordering, the rounding of the tensor cores' own sums, and speed.
 
 To add an operator family:
 
@@ -14,7 +14,7 @@ To add an operator family:
    the arguments' names (see ``entries/gelu.cpp``);
 2. a test: ``kernels = emulated("gelu")``, then
    ``kernels.run("bias_gelu", x=x, bias=bias, out=torch.empty_like(x), rows=7, cols=5,
-   dtype=x.dtype)``, which returns the tensors after the call by name. A tensor that the kernel is to
+   dtype=x.dtype)``, which returns the tensors after the call by name. A tensor for the kernel to
    write is filled with NaN bytes first if its name stands in ``written``.
 
 Kernels must be launched through ``metro::cuda::launch``, take dynamic shared memory from
