@@ -46,12 +46,17 @@ template <int N>
 __device__ inline void drop(float (&x)[N], uint64_t seed, int64_t element, Dropout dropout,
                             uint32_t purpose) {
   const uint64_t call = static_cast<uint64_t>(element) / 8;
-  const int first = static_cast<int>(element % 8);
+  // By selection: a run-time index would put the words into local memory.
+  const int first = N == 8 ? 0 : static_cast<int>(element % 8);
   const Philox4 r =
       philox(seed, static_cast<uint32_t>(call), static_cast<uint32_t>(call >> 32), purpose, 0);
+  const uint32_t low = first & 4 ? r.word[2] : r.word[0], high = first & 4 ? r.word[3] : r.word[1];
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    x[i] = half_word(r, first + i) >= dropout.threshold ? x[i] * dropout.scale : 0.0f;
+    const int k = first % 4 + i;  // in low and high; a constant unless N = 1
+    const uint32_t word = N == 8 ? r.word[i / 2] : (k & 2) ? high : low;
+    const uint32_t number = word >> ((k & 1) * 16) & 0xffffu;
+    x[i] = number >= dropout.threshold ? x[i] * dropout.scale : 0.0f;
   }
 }
 
