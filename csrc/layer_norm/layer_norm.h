@@ -59,7 +59,7 @@ struct LayerNormBackwardParams {
   float* grad_bias;
   float* grad_weight;
   float* grad_shift;
-  float* partials;  // [layer_norm_row_blocks(rows), 3, cols] scratch: weight, shift, bias
+  float* partials;  // [layer_norm_row_blocks(rows, cuda), 3, cols] scratch: weight, shift, bias
   int64_t rows;
   int64_t cols;
   Dropout dropout;
@@ -67,10 +67,19 @@ struct LayerNormBackwardParams {
   DType dtype;
 };
 
-// Enough blocks to occupy any CPU or GPU, few enough that the partial sums cost no bandwidth.
-inline int64_t layer_norm_row_blocks(int64_t rows) { return rows < 64 ? (rows + 7) / 8 : 64; }
+// Enough blocks to occupy any CPU, or two for each multiprocessor of an H200 (the same on every
+// GPU, so that all give the same bits); few enough that the partial sums cost no bandwidth.
+inline int64_t layer_norm_row_blocks(int64_t rows, bool cuda) {
+  constexpr int64_t kCudaBlocks = 264;
+  if (!cuda) return rows < 64 ? (rows + 7) / 8 : 64;
+  return rows < 8 * kCudaBlocks ? (rows + 7) / 8 : kCudaBlocks;
+}
 
 METRO_CPU_KERNEL(layer_norm, LayerNormParams)
 METRO_CPU_KERNEL(layer_norm_backward, LayerNormBackwardParams)
+
+// `stream` is a cudaStream_t; the result is a cudaError_t. rows = 0 is allowed.
+int layer_norm_cuda(const LayerNormParams& p, void* stream);
+int layer_norm_backward_cuda(const LayerNormBackwardParams& p, void* stream);
 
 }  // namespace metro

@@ -161,7 +161,7 @@ void column_sums(const LayerNormBackwardParams& p, int64_t blocks) {
 
 template <typename T>
 void backward(const LayerNormBackwardParams& p) {
-  const int64_t blocks = layer_norm_row_blocks(p.rows);
+  const int64_t blocks = layer_norm_row_blocks(p.rows, false);
   parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       float* sums = p.partials + block * 3 * p.cols;

@@ -91,7 +91,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm(
                           make_dropout(p_drop),
                           static_cast<uint32_t>(draw),
                           dtype_of(x)};
-  METRO_RUN_CPU(op, x, layer_norm, p);
+  METRO_RUN(op, x, layer_norm, p);
   return {out, sum, mean, rstd};
 }
 
@@ -116,8 +116,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_backward(
   const Tensor grad_bias = empty_on(sum, {shape.cols}, ScalarType::Float);
   const Tensor grad_weight = empty_on(sum, {shape.cols}, ScalarType::Float);
   const Tensor grad_shift = empty_on(sum, {shape.cols}, ScalarType::Float);
-  const Tensor partials =
-      empty_on(sum, {layer_norm_row_blocks(shape.rows), 3, shape.cols}, ScalarType::Float);
+  const Tensor partials = empty_on(
+      sum, {layer_norm_row_blocks(shape.rows, sum.is_cuda()), 3, shape.cols}, ScalarType::Float);
   const LayerNormBackwardParams p{grad_out.const_data_ptr(),
                                   sum.const_data_ptr(),
                                   data<float>(mean),
@@ -135,7 +135,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_backward(
                                   make_dropout(p_drop),
                                   static_cast<uint32_t>(draw),
                                   dtype_of(sum)};
-  METRO_RUN_CPU(op, sum, layer_norm_backward, p);
+  METRO_RUN(op, sum, layer_norm_backward, p);
   return {grad_x, grad_residual, grad_bias, grad_weight, grad_shift};
 }
 

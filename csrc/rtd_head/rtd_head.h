@@ -30,7 +30,7 @@ struct RtdHeadParams {
   float* loss;
   float* logit;
   int64_t* hits;
-  int64_t* partials;  // [rtd_head_row_blocks(rows)] scratch
+  int64_t* partials;  // [rtd_head_row_blocks(rows, cuda)] scratch
   int64_t rows;
   int64_t cols;
   DType dtype;
@@ -45,16 +45,25 @@ struct RtdHeadBackwardParams {
   void* grad_hidden;
   float* grad_weight;
   float* grad_bias;
-  float* partials;  // [rtd_head_row_blocks(rows), cols + 1] scratch: weight, bias
+  float* partials;  // [rtd_head_row_blocks(rows, cuda), cols + 1] scratch: weight, bias
   int64_t rows;
   int64_t cols;
   DType dtype;
 };
 
-// Enough blocks to occupy any CPU or GPU, few enough that the partial sums cost no bandwidth.
-inline int64_t rtd_head_row_blocks(int64_t rows) { return rows < 64 ? (rows + 7) / 8 : 64; }
+// Enough blocks to occupy any CPU, or eight for each multiprocessor of an H200 (the same on every
+// GPU, so that all give the same bits), at least 32 rows each.
+inline int64_t rtd_head_row_blocks(int64_t rows, bool cuda) {
+  if (!cuda) return rows < 64 ? (rows + 7) / 8 : 64;
+  constexpr int64_t kCudaBlocks = 1056;
+  return rows < 32 * kCudaBlocks ? (rows + 31) / 32 : kCudaBlocks;
+}
 
 METRO_CPU_KERNEL(rtd_head, RtdHeadParams)
 METRO_CPU_KERNEL(rtd_head_backward, RtdHeadBackwardParams)
+
+// `stream` is a cudaStream_t; the result is a cudaError_t. rows = 0 is allowed.
+int rtd_head_cuda(const RtdHeadParams& p, void* stream);
+int rtd_head_backward_cuda(const RtdHeadBackwardParams& p, void* stream);
 
 }  // namespace metro

@@ -80,7 +80,7 @@ int64_t forward_block(const RtdHeadParams& p, int64_t begin, int64_t end) {
 
 template <typename T>
 void forward(const RtdHeadParams& p) {
-  const int64_t blocks = rtd_head_row_blocks(p.rows);
+  const int64_t blocks = rtd_head_row_blocks(p.rows, false);
   parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       p.partials[block] =
@@ -122,7 +122,7 @@ void backward_block(const RtdHeadBackwardParams& p, int64_t begin, int64_t end, 
 
 template <typename T>
 void backward(const RtdHeadBackwardParams& p) {
-  const int64_t blocks = rtd_head_row_blocks(p.rows);
+  const int64_t blocks = rtd_head_row_blocks(p.rows, false);
   const int64_t width = p.cols + 1;
   parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {

@@ -44,7 +44,8 @@ std::tuple<Tensor, Tensor, Tensor> rtd_head(const Tensor& hidden_any, const Tens
   const Tensor loss = empty_on(hidden, {rows}, ScalarType::Float);
   const Tensor logit = empty_on(hidden, {rows}, ScalarType::Float);
   const Tensor hits = empty_on(hidden, {}, ScalarType::Long);
-  const Tensor partials = empty_on(hidden, {rtd_head_row_blocks(rows)}, ScalarType::Long);
+  const Tensor partials =
+      empty_on(hidden, {rtd_head_row_blocks(rows, hidden.is_cuda())}, ScalarType::Long);
   const RtdHeadParams p{hidden.const_data_ptr(),
                         data<float>(weight),
                         data<float>(bias),
@@ -56,7 +57,7 @@ std::tuple<Tensor, Tensor, Tensor> rtd_head(const Tensor& hidden_any, const Tens
                         rows,
                         hidden.sizes()[1],
                         dtype_of(hidden)};
-  METRO_RUN_CPU(op, hidden, rtd_head, p);
+  METRO_RUN(op, hidden, rtd_head, p);
   return {loss, logit, hits};
 }
 
@@ -83,7 +84,7 @@ std::tuple<Tensor, Tensor, Tensor> rtd_head_backward(const Tensor& grad_any,
   const Tensor grad_weight = empty_on(hidden, {cols}, ScalarType::Float);
   const Tensor grad_bias = empty_on(hidden, {1}, ScalarType::Float);
   const Tensor partials =
-      empty_on(hidden, {rtd_head_row_blocks(rows), cols + 1}, ScalarType::Float);
+      empty_on(hidden, {rtd_head_row_blocks(rows, hidden.is_cuda()), cols + 1}, ScalarType::Float);
   const RtdHeadBackwardParams p{data<float>(grad_loss),
                                 data<float>(logit),
                                 hidden.const_data_ptr(),
@@ -96,7 +97,7 @@ std::tuple<Tensor, Tensor, Tensor> rtd_head_backward(const Tensor& grad_any,
                                 rows,
                                 cols,
                                 dtype_of(hidden)};
-  METRO_RUN_CPU(op, hidden, rtd_head_backward, p);
+  METRO_RUN(op, hidden, rtd_head_backward, p);
   return {grad_hidden, grad_weight, grad_bias};
 }
 
