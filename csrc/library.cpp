@@ -100,7 +100,7 @@ namespace py = pybind11;
 #ifdef METRO_WITH_CUDA
 // The operators that have CUDA kernels; the others refuse CUDA tensors with a sentence.
 constexpr const char* kCudaOperators[] = {"bias_gelu", "mask_tokens", "replace_tokens",
-                                          "pretrain_loss"};
+                                          "pretrain_loss", "vocab_head"};
 #endif
 
 PYBIND11_MODULE(_C, m) {
