@@ -13,6 +13,14 @@ constexpr int kWarp = 32;
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 #ifndef METRO_EMULATE_CUDA
+// The block's dynamic shared memory, as many bytes as the launch asked for. Static shared memory is
+// declared in the kernels themselves, which stand in an unnamed namespace.
+template <typename T>
+__device__ inline T* dynamic_shared() {
+  extern __shared__ __align__(128) unsigned char metro_dynamic_shared[];
+  return reinterpret_cast<T*>(metro_dynamic_shared);
+}
+
 // Launches on `stream` and returns the launch's error; an empty grid is a success.
 template <typename... Params, typename... Args>
 cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,

@@ -16,6 +16,11 @@
 #define METRO_HD
 #endif
 
+// CUDA sources, also those that the CPU emulation of the tests compiles.
+#if defined(__CUDACC__) || defined(METRO_EMULATE_CUDA)
+#define METRO_CUDA_SOURCE
+#endif
+
 #ifndef METRO_CPU_NS
 #define METRO_CPU_NS cpu_portable
 #endif
@@ -58,7 +63,7 @@ METRO_HD inline Dropout make_dropout(double p) {
 }
 
 // The functions below differ in machine code between the instruction sets of the CPU kernels.
-#ifndef __CUDACC__
+#ifndef METRO_CUDA_SOURCE
 namespace METRO_CPU_NS {
 #endif
 
@@ -117,7 +122,7 @@ METRO_HD inline float natural_log(float x) {
 // A standard Gumbel number, -ln(-ln u).
 METRO_HD inline float gumbel(uint32_t word) { return -natural_log(-natural_log(uniform(word))); }
 
-#ifndef __CUDACC__
+#ifndef METRO_CUDA_SOURCE
 }  // namespace METRO_CPU_NS
 #endif
 
