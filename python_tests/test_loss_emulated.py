@@ -1,4 +1,4 @@
-"""The CUDA kernels of pretrain_loss, emulated, against the CPU operator (itself against float64)."""
+"""The CUDA kernels of pretrain_loss, emulated, against the CPU operator."""
 
 import pytest
 import torch
