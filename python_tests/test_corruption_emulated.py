@@ -18,7 +18,8 @@ def test_same_as_cpu(length, count, order):
     kernels = emulated("corruption")
     got = kernels.run(
         "mask_tokens", tokens=tokens, special=SPECIAL, seed=seed, masked=tokens,
-        position=torch.empty(count, dtype=torch.int64), target=torch.empty(count, dtype=torch.int64),
+        position=torch.empty(count, dtype=torch.int64),
+        target=torch.empty(count, dtype=torch.int64),
         scratch_order=torch.empty(length, dtype=torch.int32),
         maskable=torch.empty(length, dtype=torch.uint8), length=length,
         special_count=len(SPECIAL), count=count, mask_id=MASK, ordinary=VOCAB - len(SPECIAL),
