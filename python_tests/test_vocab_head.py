@@ -323,6 +323,25 @@ def test_scratch_memory(rows, vocab):
     assert float(result.stdout) <= 64
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cuda_draws_as_the_cpu_and_in_a_graph(dtype):
+    """One-hot rows make the products exact, so that both devices see the same logits."""
+    _, weight, bias, target = make_inputs(33, 33, 5000, dtype, scale=10.0)
+    inputs = (torch.eye(33, dtype=dtype), weight, bias, target, key(3))
+    expected = vocab_head(*inputs, 0.7, 2)
+    on_gpu = [t.cuda() for t in inputs]
+    out = vocab_head(*on_gpu, 0.7, 2)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = vocab_head(*on_gpu, 0.7, 2)
+    graph.replay()
+    for ours, again, theirs in zip(out, captured, expected, strict=True):
+        assert torch.equal(ours, again)
+        torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-5, atol=1e-5)
+    assert torch.equal(out.sample.cpu(), expected.sample)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

@@ -54,4 +54,8 @@ struct ReplaceTokensParams {
 METRO_CPU_KERNEL(mask_tokens, MaskTokensParams)
 METRO_CPU_KERNEL(replace_tokens, ReplaceTokensParams)
 
+// `stream` is a cudaStream_t; the result is a cudaError_t. No rows are allowed.
+int mask_tokens_cuda(const MaskTokensParams& p, void* stream);
+int replace_tokens_cuda(const ReplaceTokensParams& p, void* stream);
+
 }  // namespace metro

@@ -97,7 +97,7 @@ std::tuple<Tensor, Tensor, Tensor> mask_tokens(const Tensor& tokens_any, const T
                            ordinary,
                            thresholds.mask,
                            thresholds.random};
-  METRO_RUN_CPU(op, tokens, mask_tokens, p);
+  METRO_RUN(op, tokens, mask_tokens, p);
   return {masked, position, target};
 }
 
@@ -141,7 +141,7 @@ std::tuple<Tensor, Tensor> replace_tokens(const Tensor& tokens_any, const Tensor
                               tokens.numel(),
                               count,
                               pad_id};
-  METRO_RUN_CPU(op, tokens, replace_tokens, p);
+  METRO_RUN(op, tokens, replace_tokens, p);
   return {corrupted, label};
 }
 

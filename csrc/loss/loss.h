@@ -62,7 +62,7 @@ struct PretrainLossParams {
   LossWeights weights;
   float* loss;       // [1]
   float* metrics;    // [kMetrics]
-  double* partials;  // [pretrain_loss_blocks(longest part), kMetrics] scratch
+  double* partials;  // [pretrain_loss_blocks(longest part), kMetrics] scratch, CPU only
 };
 
 struct PretrainLossBackwardParams {
@@ -87,5 +87,9 @@ inline int64_t pretrain_loss_blocks(int64_t rows) {
 
 METRO_CPU_KERNEL(pretrain_loss, PretrainLossParams)
 METRO_CPU_KERNEL(pretrain_loss_backward, PretrainLossBackwardParams)
+
+// `stream` is a cudaStream_t; the result is a cudaError_t. No rows are allowed.
+int pretrain_loss_cuda(const PretrainLossParams& p, void* stream);
+int pretrain_loss_backward_cuda(const PretrainLossBackwardParams& p, void* stream);
 
 }  // namespace metro

@@ -103,7 +103,7 @@ std::tuple<Tensor, Tensor> pretrain_loss(OptionalTensor mlm_nll, OptionalTensor 
                              mutable_data<float>(loss),
                              mutable_data<float>(metrics),
                              mutable_data<double>(partials)};
-  METRO_RUN_CPU(op, reference, pretrain_loss, p);
+  METRO_RUN(op, reference, pretrain_loss, p);
   return {loss, metrics};
 }
 
@@ -136,7 +136,7 @@ std::tuple<Tensor, Tensor, Tensor> pretrain_loss_backward(
                                      rows_of(mlm_target),
                                      rows_of(label),
                                      rows_of(clm_target)};
-  METRO_RUN_CPU(op, metrics, pretrain_loss_backward, p);
+  METRO_RUN(op, metrics, pretrain_loss_backward, p);
   return {grad_mlm, grad_rtd, grad_clm};
 }
 

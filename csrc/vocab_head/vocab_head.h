@@ -14,6 +14,7 @@
 // kSample, index = {row, t}) and
 //   1. takes the tile with the largest L_t + gumbel(word 0), the first at ties. By the Gumbel-max
 //      theorem it is t with probability exp L_t / Σ_s exp L_s.
+//      L_t = max z + ln Σ exp(z - max z), over the tile.
 //   2. takes inside it the first token whose running sum of exp(z_i - max z), in float32 and in
 //      index order, exceeds uniform(word 1) · (the sum over the tile): token i with probability
 //      exp z_i / exp L_t. word 1 is independent of every word 0, which alone decide step 1.
@@ -34,6 +35,10 @@ namespace metro {
 // logits are one pass of a thread block or a few cache lines, and the Philox call, the logarithms
 // and the reduction of a tile then cost a few per cent of its 256 exponentials.
 constexpr int64_t kSampleTile = 256;
+
+// The sum over a sample tile is the sum of this many partial sums (of every sixteenth entry, in
+// order), halves added first: the same bits whatever the width of the machine's vectors.
+constexpr int64_t kSumLanes = 16;
 
 // The target of a row without loss, hit or gradient (a sample is still drawn).
 constexpr int64_t kIgnoredTarget = -100;
@@ -76,6 +81,7 @@ struct VocabHeadGradParams {
   const float* bias;      // [vocab]
   const int64_t* target;  // [rows]
   float* grad_bias;       // [vocab]
+  float* partials;        // [vocab_head_row_blocks(rows), cols] scratch, CUDA only
   int64_t rows;
   int64_t begin;
   int64_t cols;
@@ -106,8 +112,32 @@ inline int64_t vocab_head_tile(int64_t rows, int64_t vocab) {
   return tile < vocab ? tile : vocab;
 }
 
+// The same on CUDA, where kernel launches cost and memory is fast: see vocab_head_cuda.cu.
+constexpr int64_t kMaxCudaTile = 64 * kSampleTile;
+constexpr int64_t kMaxCudaTileBytes = int64_t{256} << 20;
+
+inline int64_t vocab_head_cuda_tile(int64_t rows, int64_t vocab, int64_t element_bytes) {
+  int64_t most = rows > 0 ? kMaxCudaTileBytes / (rows * element_bytes) : kMaxCudaTile;
+  most = most / kSampleTile * kSampleTile;
+  most = most < kSampleTile ? kSampleTile : most > kMaxCudaTile ? kMaxCudaTile : most;
+  const int64_t tiles = (vocab + most - 1) / most;  // of nearly equal width
+  const int64_t tile = ((vocab + tiles - 1) / tiles + kSampleTile - 1) / kSampleTile * kSampleTile;
+  return tile < vocab ? tile : vocab;
+}
+
+// Blocks of rows whose column sums are added up afterwards: enough to occupy a GPU, and four rows a
+// warp where there are as many.
+inline int64_t vocab_head_row_blocks(int64_t rows) {
+  return rows < 64 * 32 ? (rows + 31) / 32 : 64;
+}
+
 METRO_CPU_KERNEL(vocab_head_tile_pass, VocabHeadTileParams)
 METRO_CPU_KERNEL(vocab_head_grad_tile, VocabHeadGradParams)
 METRO_CPU_KERNEL(vocab_head_accumulate, VocabHeadAccumulateParams)
+
+// `stream` is a cudaStream_t; the result is a cudaError_t. cols <= kMaxCudaTile.
+int vocab_head_tile_pass_cuda(const VocabHeadTileParams& p, void* stream);
+int vocab_head_grad_tile_cuda(const VocabHeadGradParams& p, void* stream);
+int vocab_head_accumulate_cuda(const VocabHeadAccumulateParams& p, void* stream);
 
 }  // namespace metro

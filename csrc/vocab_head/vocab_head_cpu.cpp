@@ -42,12 +42,19 @@ float max_logit(const Stretch<T>& s) {
   return reduce_max(highest);
 }
 
-// Σ exp((logit - max) · scale).
+// Σ exp((logit - max) · scale) over a sample tile, in kSumLanes partial sums.
 template <typename T>
 float sum_exp(const Stretch<T>& s, float max, float scale) {
-  vf sum{};
-  for (int64_t i = 0; i < s.n; i += kLanes) sum += exp((s.at(i) - max) * scale);
-  return reduce_add(sum);
+  vf sums[kSumLanes / kLanes] = {};
+  for (int64_t i = 0; i < s.n; i += kSumLanes) {
+    for (int64_t j = 0; j < kSumLanes / kLanes; ++j) {
+      if (i + j * kLanes < s.n) sums[j] += exp((s.at(i + j * kLanes) - max) * scale);
+    }
+  }
+  for (int64_t width = kSumLanes / kLanes / 2; width > 0; width /= 2) {
+    for (int64_t j = 0; j < width; ++j) sums[j] += sums[j + width];
+  }
+  return reduce_add(sums[0]);
 }
 
 // The column of the first logit equal to `value`.
@@ -83,10 +90,10 @@ int64_t draw_token(const Stretch<T>& tile, float scale, float u) {
   return tile.column;  // only NaN
 }
 
-// Step 1 for the tiles of a group; sums[t] = Σ exp((logit - max) · scale) over tile t.
+// Step 1 for the tiles of a group; sums[t] = Σ exp((logit - highest[t]) · scale) over tile t.
 template <typename T>
-void sample_group(const VocabHeadTileParams& p, const Stretch<T>& group, int64_t row, float max,
-                  const float* sums, VocabRow* state) {
+void sample_group(const VocabHeadTileParams& p, const Stretch<T>& group, int64_t row,
+                  const float* highest, const float* sums, VocabRow* state) {
   const int64_t tiles = (group.n + kSampleTile - 1) / kSampleTile;
   const vu first = set_u(static_cast<uint32_t>(group.column / kSampleTile));
   const Philox4v random =
@@ -97,7 +104,7 @@ void sample_group(const VocabHeadTileParams& p, const Stretch<T>& group, int64_t
   memcpy(inside, &random.word[1], sizeof(inside));
   float value[kLanes];
   for (int t = 0; t < kLanes; ++t) {
-    value[t] = max * p.inverse_temperature + natural_log(sums[t]) + gumbel(noise[t]);
+    value[t] = highest[t] * p.inverse_temperature + natural_log(sums[t]) + gumbel(noise[t]);
   }
   int64_t winner = -1;
   for (int64_t t = 0; t < tiles; ++t) {
@@ -114,23 +121,24 @@ void sample_group(const VocabHeadTileParams& p, const Stretch<T>& group, int64_t
 template <typename T>
 void fold_group(const VocabHeadTileParams& p, const Stretch<T>& group, int64_t row,
                 VocabRow* state) {
-  const float group_max = max_logit(group);
+  const bool own_scale = p.seed != nullptr && p.inverse_temperature != 1.0f;
+  float highest[kLanes], sums[kLanes] = {}, scaled[kLanes] = {};
+  store(highest, set(-FLT_MAX));
+  // Relative to the tile's own maximum, so that what a tile bids depends on its logits alone.
+  for (int64_t t = 0; t * kSampleTile < group.n; ++t) {
+    const Stretch<T> tile = group.part(t * kSampleTile, kSampleTile);
+    highest[t] = max_logit(tile);
+    sums[t] = sum_exp(tile, highest[t], 1.0f);
+    if (own_scale) scaled[t] = sum_exp(tile, highest[t], p.inverse_temperature);
+  }
+  const float group_max = reduce_max(load(highest));
   if (group_max > state->max) {
     state->sum *= reduce_max(exp(set(state->max - group_max)));
     state->max = group_max;
     state->argmax = find_first(group, group_max);
   }
-  // All sums are relative to the row's maximum. A tile more than 87 below it counts as zero; its
-  // true share of the softmax is below 256·e^-87, and no Gumbel noise reaches that far.
-  float sums[kLanes] = {}, scaled[kLanes] = {};
-  const bool own_scale = p.seed != nullptr && p.inverse_temperature != 1.0f;
-  for (int64_t t = 0; t * kSampleTile < group.n; ++t) {
-    const Stretch<T> tile = group.part(t * kSampleTile, kSampleTile);
-    sums[t] = sum_exp(tile, state->max, 1.0f);
-    if (own_scale) scaled[t] = sum_exp(tile, state->max, p.inverse_temperature);
-  }
-  state->sum += reduce_add(load(sums));
-  if (p.seed) sample_group(p, group, row, state->max, own_scale ? scaled : sums, state);
+  state->sum += reduce_add(load(sums) * exp(load(highest) - state->max));
+  if (p.seed) sample_group(p, group, row, highest, own_scale ? scaled : sums, state);
 }
 
 void finish_row(const VocabHeadTileParams& p, int64_t row, const VocabRow& state) {

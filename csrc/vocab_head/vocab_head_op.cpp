@@ -13,7 +13,9 @@ struct Shape {
   int64_t vocab;
 };
 
+// Of tensors on the CPU only: reading them on a GPU would wait for it.
 void check_targets(const char* op, const Tensor& target, int64_t vocab) {
+  if (!target.is_cpu()) return;
   const int64_t* ids = data<int64_t>(target);
   for (int64_t row = 0; row < target.numel(); ++row) {
     METRO_CHECK(ids[row] == kIgnoredTarget || (ids[row] >= 0 && ids[row] < vocab), op,
@@ -39,6 +41,11 @@ Shape check(const char* op, const Tensor& hidden, const Tensor& weight, const Te
   check_same_device(op, "bias", bias, hidden, "hidden");
   check_same_device(op, "target", target, hidden, "hidden");
   return {rows, width, vocab};
+}
+
+int64_t tile_for(const Tensor& hidden, const Shape& shape) {
+  return hidden.is_cuda() ? vocab_head_cuda_tile(shape.rows, shape.vocab, hidden.element_size())
+                          : vocab_head_tile(shape.rows, shape.vocab);
 }
 
 // out = a·b by torch's own product; `out` has the right shape, dtype and layout.
@@ -77,7 +84,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> vocab_head(
   METRO_CHECK(temperature > 0 && std::isfinite(temperature), op,
               "temperature must be positive and finite, found ", temperature);
   if (seed) check_seed(op, *seed, hidden_any);
-  if (hidden_any.is_cuda()) fail_no_cuda(op);
   const Tensor hidden = plain(hidden_any), weight = plain(weight_any);
   const Tensor bias = plain(bias_any), target = plain(target_any);
   check_targets(op, target, shape.vocab);
@@ -88,7 +94,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> vocab_head(
   const Tensor sample = empty_on(hidden, {seed ? shape.rows : 0}, ScalarType::Long);
   if (shape.rows == 0) return {nll, lse, hit, sample};
 
-  const int64_t tile = vocab_head_tile(shape.rows, shape.vocab);
+  const int64_t tile = tile_for(hidden, shape);
   const Tensor buffer = empty_on(hidden, {shape.rows * tile}, hidden.scalar_type());
   const Tensor state =
       empty_on(hidden, {shape.rows, static_cast<int64_t>(sizeof(VocabRow) / 8)}, ScalarType::Long);
@@ -112,7 +118,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> vocab_head(
     const Tensor weight_tile = rows_of(weight, p.begin, p.cols);
     matmul_into(logits, hidden, torch::stable::transpose(weight_tile, 0, 1));
     p.logits = logits.const_data_ptr();
-    METRO_RUN_CPU(op, hidden, vocab_head_tile_pass, p);
+    METRO_RUN(op, hidden, vocab_head_tile_pass, p);
   }
   return {nll, lse, hit, sample};
 }
@@ -128,7 +134,6 @@ std::tuple<Tensor, Tensor, Tensor> vocab_head_backward(
     check_shape(op, name, tensor, {shape.rows});
     check_same_device(op, name, tensor, hidden_any, "hidden");
   }
-  if (hidden_any.is_cuda()) fail_no_cuda(op);
   const Tensor grad_nll = plain(grad_any), lse = plain(lse_any);
   const Tensor hidden = plain(hidden_any), weight = plain(weight_any);
   const Tensor bias = plain(bias_any), target = plain(target_any);
@@ -141,9 +146,11 @@ std::tuple<Tensor, Tensor, Tensor> vocab_head_backward(
     return {grad_hidden, torch::stable::zero_(grad_weight), torch::stable::zero_(grad_bias)};
   }
 
-  const int64_t tile = vocab_head_tile(shape.rows, shape.vocab);
+  const int64_t tile = tile_for(hidden, shape);
   const Tensor buffer = empty_on(hidden, {shape.rows * tile}, hidden.scalar_type());
   const Tensor product = torch::stable::empty_like(hidden);
+  const int64_t blocks = hidden.is_cuda() ? vocab_head_row_blocks(shape.rows) : 0;
+  const Tensor partials = empty_on(hidden, {blocks, tile}, ScalarType::Float);
   const bool is_float = hidden.scalar_type() == ScalarType::Float;
   const Tensor sum =
       is_float ? grad_hidden : empty_on(hidden, {shape.rows, shape.hidden}, ScalarType::Float);
@@ -153,6 +160,7 @@ std::tuple<Tensor, Tensor, Tensor> vocab_head_backward(
   p.bias = data<float>(bias);
   p.target = data<int64_t>(target);
   p.grad_bias = mutable_data<float>(grad_bias);
+  p.partials = mutable_data<float>(partials);
   p.rows = shape.rows;
   p.dtype = dtype_of(hidden);
   for (p.begin = 0; p.begin < shape.vocab; p.begin += tile) {
@@ -161,7 +169,7 @@ std::tuple<Tensor, Tensor, Tensor> vocab_head_backward(
     const Tensor weight_tile = rows_of(weight, p.begin, p.cols);
     matmul_into(logits, hidden, torch::stable::transpose(weight_tile, 0, 1));
     p.logits = logits.mutable_data_ptr();
-    METRO_RUN_CPU(op, hidden, vocab_head_grad_tile, p);
+    METRO_RUN(op, hidden, vocab_head_grad_tile, p);
     matmul_into(rows_of(grad_weight, p.begin, p.cols), torch::stable::transpose(logits, 0, 1),
                 hidden);
     matmul_into(product, logits, weight_tile);
@@ -172,7 +180,7 @@ std::tuple<Tensor, Tensor, Tensor> vocab_head_backward(
                                         p.begin == 0,
                                         p.begin + p.cols == shape.vocab,
                                         p.dtype};
-    METRO_RUN_CPU(op, hidden, vocab_head_accumulate, add);
+    METRO_RUN(op, hidden, vocab_head_accumulate, add);
   }
   return {grad_hidden, grad_weight, grad_bias};
 }
