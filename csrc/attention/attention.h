@@ -81,4 +81,7 @@ inline int64_t attention_scratch(int64_t longest, int64_t head_dim, bool backwar
 METRO_CPU_KERNEL(attention, AttentionParams)
 METRO_CPU_KERNEL(attention_backward, AttentionBackwardParams)
 
+// `stream` is a cudaStream_t; the result is a cudaError_t. The CPU's schedule is not read.
+int attention_cuda(const AttentionParams& p, void* stream);
+
 }  // namespace metro

@@ -114,7 +114,7 @@ std::tuple<Tensor, Tensor> attention(const Tensor& qkv, const Tensor& cu_seqlens
   params.out = out.mutable_data_ptr();
   params.lse = mutable_data<float>(lse);
   const Schedule schedule(op, a.qkv, false, &params);
-  METRO_RUN_CPU(op, a.qkv, attention, params);
+  METRO_RUN(op, a.qkv, attention, params);
   return {out, lse};
 }
 
