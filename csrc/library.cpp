@@ -99,7 +99,7 @@ namespace py = pybind11;
 
 #ifdef METRO_WITH_CUDA
 // The operators that have CUDA kernels; the others refuse CUDA tensors with a sentence.
-constexpr const char* kCudaOperators[] = {"bias_gelu"};
+constexpr const char* kCudaOperators[] = {"attention", "bias_gelu"};
 #endif
 
 PYBIND11_MODULE(_C, m) {

@@ -49,11 +49,31 @@ class Case:
         )
         return done["out"], done["lse"]
 
-    def expected(self):
-        bias = None if self.bias is None else self.bias.double()
-        return reference.attention(
-            self.qkv.double(), bias, self.lengths, self.max_seqlen, SEED, self.p, 5
+    def backward(self, grad_out, out, lse, **options):
+        tokens, _, heads, _ = self.qkv.shape
+        slots = tokens // 64 + len(self.lengths)  # attention_slots, attention_slot_width
+        width = ((self.max_seqlen + 63) // 64 + 1) * 64
+        with_bias = self.bias is not None
+        done = emulated("attention").run(
+            "attention_backward",
+            written=("grad_qkv", "grad_bias", "bias_partials", "delta"),
+            **options,
+            **self.arguments() | {"out": out, "lse": lse},
+            grad_out=grad_out,
+            grad_qkv=torch.empty_like(self.qkv),
+            grad_bias=torch.empty_like(self.bias) if with_bias else None,
+            bias_partials=torch.empty(heads, slots, width) if with_bias else None,
+            delta=torch.empty(heads, tokens),
         )
+        return [done["grad_qkv"], *([done["grad_bias"]] if with_bias else [])]
+
+    def inputs(self):
+        """qkv and the bias in float64, to be differentiated by."""
+        given = [self.qkv] if self.bias is None else [self.qkv, self.bias]
+        return [t.double().requires_grad_() for t in given]
+
+    def expected(self, qkv, bias=None):
+        return reference.attention(qkv, bias, self.lengths, self.max_seqlen, SEED, self.p, 5)
 
 
 # lengths, heads, head dimension, with a bias, dropout: each size that a kernel is compiled for and
@@ -69,12 +89,18 @@ CASES = [
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("lengths, heads, head_dim, with_bias, p", CASES)
-def test_forward_matches_reference(lengths, heads, head_dim, with_bias, p, dtype):
+def test_matches_reference(lengths, heads, head_dim, with_bias, p, dtype):
     case = Case(lengths, heads, head_dim, dtype, with_bias, p)
+    inputs = case.inputs()
     out, lse = case.forward()
-    expected_out, expected_lse = case.expected()
+    expected_out, expected_lse = case.expected(*inputs)
     assert_close(lse, expected_lse, dtype, "lse")
     assert_close(out, expected_out, dtype, "output")
+    grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(7)).to(dtype)
+    grads = case.backward(grad_out, out, lse)
+    expected = torch.autograd.grad(expected_out, inputs, grad_out.double())
+    for index, (a, b) in enumerate(zip(grads, expected, strict=True)):
+        assert_close(a, b, dtype, f"gradient of input {index}")
 
 
 def test_dropout_keeps_what_the_cpu_keeps():
@@ -99,9 +125,14 @@ def test_dropout_keeps_what_the_cpu_keeps():
         assert 0.4 < zeros.float().mean() < 0.6
 
 
-def test_forward_repeats_bitwise_in_any_order_of_threads():
-    case = Case([130, 7], 1, 32, torch.bfloat16, True, 0.1)
-    for a, b in zip(case.forward(), case.forward(order="reverse"), strict=True):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_repeats_bitwise_in_any_order_of_threads(dtype):
+    case = Case([130, 7], 1, 32, dtype, True, 0.1)
+    results = []
+    for order in ("forward", "reverse"):
+        out, lse = case.forward(order=order)
+        results.append([out, lse, *case.backward(out, out, lse, order=order)])
+    for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
 
 
@@ -111,6 +142,6 @@ def test_a_bias_of_minus_infinity_masks():
     case.bias[:, : centre - 10] = -torch.inf  # the first tiles of late rows are masked whole
     case.bias[:, centre + 11 :] = -torch.inf
     out, lse = case.forward()
-    expected_out, expected_lse = case.expected()
+    expected_out, expected_lse = case.expected(*case.inputs())
     assert_close(out, expected_out, torch.float32, "output")
     assert_close(lse, expected_lse, torch.float32, "lse")

@@ -26,3 +26,14 @@ metro::AttentionParams params(const metro::emulation::Arguments& in) {
 }  // namespace
 
 METRO_ENTRY(attention) { return metro::attention_cuda(params(in), nullptr); }
+
+METRO_ENTRY(attention_backward) {
+  metro::AttentionBackwardParams p{};
+  p.forward = params(in);
+  p.grad_out = in.data("grad_out");
+  p.grad_qkv = in.data("grad_qkv");
+  p.grad_bias = in.data<float>("grad_bias");
+  p.bias_partials = in.data<float>("bias_partials");
+  p.delta = in.data<float>("delta");
+  return metro::attention_backward_cuda(p, nullptr);
+}
