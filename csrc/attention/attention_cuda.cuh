@@ -105,7 +105,7 @@ __device__ inline void add_scores(float (&scores)[kScoreTiles][4], const T* a, c
   if constexpr (sizeof(T) == 2) {
     const T* a_row = a + (lane % 16) * kStride + lane / 16 * 8;
     const T* b_row = b + (lane % 8 + lane / 16 * 8) * kStride + lane / 8 % 2 * 8;
-#pragma unroll
+#pragma unroll 1  // unrolled, the backward kernels run out of registers
     for (int k = 0; k < kDim; k += 16) {
       uint32_t left[4];
       ldmatrix_x4(left, a_row + k);
@@ -120,7 +120,7 @@ __device__ inline void add_scores(float (&scores)[kScoreTiles][4], const T* a, c
   } else {
     const T* a_at = a + lane / 4 * kStride + lane % 4;
     const T* b_at = b + lane / 4 * kStride + lane % 4;
-#pragma unroll 2
+#pragma unroll 1
     for (int k = 0; k < kDim; k += 8) {
       const float left[4] = {a_at[k], a_at[k + 8 * kStride], a_at[k + 4],
                              a_at[k + 8 * kStride + 4]};
