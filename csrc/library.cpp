@@ -99,9 +99,9 @@ namespace py = pybind11;
 
 #ifdef METRO_WITH_CUDA
 // The operators that have CUDA kernels; the others refuse CUDA tensors with a sentence.
-constexpr const char* kCudaOperators[] = {
-    "attention",      "bias_gelu",     "layer_norm", "mask_tokens",
-    "replace_tokens", "pretrain_loss", "rtd_head",   "vocab_head"};
+constexpr const char* kCudaOperators[] = {"attention",   "bias_gelu",      "layer_norm",
+                                          "mask_tokens", "replace_tokens", "pretrain_loss",
+                                          "rtd_head",    "vocab_head"};
 #endif
 
 PYBIND11_MODULE(_C, m) {

@@ -202,6 +202,31 @@ def test_bitwise_repeat(device, dtype):
     assert_bitwise_repeatable(run)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_cuda_agrees_with_cpu(p, dtype):
+    lengths, results = [130, 0, 5, 64, 300], []
+    for device in ("cpu", "cuda"):
+        qkv, bias, boundaries, seed = make_inputs(lengths, 3, 64, device, dtype, 310)
+        inputs = (qkv.requires_grad_(), bias.requires_grad_())
+        out = attention(qkv, boundaries, bias, 310, seed=seed, p=p)
+        grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+        results.append([out, *torch.autograd.grad(out, inputs, grad)])
+    for on_cpu, on_cuda in zip(*results, strict=True):
+        assert_close(on_cuda, on_cpu, dtype)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cuda_drops_what_the_cpu_drops():
+    kept = []
+    for device in ("cpu", "cuda"):
+        qkv, bias, boundaries, seed = make_inputs([3, 128], 2, 128, device, torch.float32, 128)
+        qkv[3:, 2] = torch.eye(128, device=device)[:, None]  # out shows every probability
+        kept.append(attention(qkv, boundaries, bias, 128, seed=seed, p=0.5)[3:].cpu() != 0)
+    assert torch.equal(*kept)
+
+
 @pytest.mark.parametrize("with_bias, p", [(True, 0.0), (False, 0.1)])
 @pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
 def test_opcheck(device, dtype, with_bias, p):

@@ -20,6 +20,7 @@
 #include <cstdint>
 
 #include "common/cpu_isa.h"
+#include "common/philox.h"
 #include "common/types.h"
 
 namespace metro {
@@ -58,12 +59,24 @@ struct AttentionBackwardParams {
   const void* grad_out;
   void* grad_qkv;
   float* grad_bias;
-  float* bias_partials;  // [heads, 2 tokens] scratch of the CPU kernel: the gradient by relative
-                         // position within sequence s starts at 2 · cu_seqlens[s]
+  // Scratch. CPU: [heads, 2 tokens], the gradient by relative position within sequence s starts at
+  // 2 · cu_seqlens[s]. CUDA: [heads, attention_slots, attention_slot_width], a vector by diagonal
+  // for each tile of queries; tile t of sequence s has slot cu_seqlens[s] / 64 + s + t.
+  float* bias_partials;
+  float* delta;  // [heads, tokens] scratch of the CUDA kernels
 };
 
 inline int64_t attention_pad(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
+}
+
+// Enough slots for the query tiles of any division of the tokens into sequences.
+METRO_HD inline int64_t attention_slots(const AttentionParams& p) {
+  return p.tokens / kAttentionTile + p.sequences;
+}
+
+METRO_HD inline int64_t attention_slot_width(const AttentionParams& p) {
+  return ((p.max_seqlen + kAttentionTile - 1) / kAttentionTile + 1) * kAttentionTile;
 }
 
 // Bytes of scratch memory of a CPU worker; O(longest · head_dim). Units are 4 bytes (tile_gemm.h).
@@ -80,5 +93,9 @@ inline int64_t attention_scratch(int64_t longest, int64_t head_dim, bool backwar
 
 METRO_CPU_KERNEL(attention, AttentionParams)
 METRO_CPU_KERNEL(attention_backward, AttentionBackwardParams)
+
+// `stream` is a cudaStream_t; the result is a cudaError_t. The CPU's schedule is not read.
+int attention_cuda(const AttentionParams& p, void* stream);
+int attention_backward_cuda(const AttentionBackwardParams& p, void* stream);
 
 }  // namespace metro

@@ -114,7 +114,7 @@ std::tuple<Tensor, Tensor> attention(const Tensor& qkv, const Tensor& cu_seqlens
   params.out = out.mutable_data_ptr();
   params.lse = mutable_data<float>(lse);
   const Schedule schedule(op, a.qkv, false, &params);
-  METRO_RUN_CPU(op, a.qkv, attention, params);
+  METRO_RUN(op, a.qkv, attention, params);
   return {out, lse};
 }
 
@@ -145,13 +145,21 @@ std::tuple<Tensor, Tensor> attention_backward(const Tensor& grad_any, const Tens
   const Tensor grad_qkv = torch::stable::empty_like(a.qkv);
   const Tensor grad_bias =
       with_bias ? torch::stable::empty_like(*a.bias) : empty_on(a.qkv, {0}, ScalarType::Float);
+  const bool cuda = a.qkv.is_cuda();
+  const int64_t partial =
+      cuda ? attention_slots(a.params) * attention_slot_width(a.params) : 2 * a.params.tokens;
   const Tensor partials =
-      empty_on(a.qkv, {a.params.heads, with_bias ? 2 * a.params.tokens : 0}, ScalarType::Float);
+      empty_on(a.qkv, {a.params.heads, with_bias ? partial : 0}, ScalarType::Float);
+  const Tensor delta =
+      empty_on(a.qkv, {a.params.heads, cuda ? a.params.tokens : 0}, ScalarType::Float);
   const Schedule schedule(op, a.qkv, true, &a.params);
-  const AttentionBackwardParams params{a.params, grad_out.const_data_ptr(),
-                                       grad_qkv.mutable_data_ptr(), mutable_data<float>(grad_bias),
-                                       mutable_data<float>(partials)};
-  METRO_RUN_CPU(op, a.qkv, attention_backward, params);
+  const AttentionBackwardParams params{a.params,
+                                       grad_out.const_data_ptr(),
+                                       grad_qkv.mutable_data_ptr(),
+                                       mutable_data<float>(grad_bias),
+                                       mutable_data<float>(partials),
+                                       mutable_data<float>(delta)};
+  METRO_RUN(op, a.qkv, attention_backward, params);
   return {grad_qkv, grad_bias};
 }
 
