@@ -144,13 +144,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _on_every_rank(configure)
 
 
+def _meet(parallel: ParallelConfig) -> World:
+    """Joins the other ranks; what keeps them apart is the same for all, so rank 0 tells of it."""
+    try:
+        return connect(parallel.backend, parallel.timeout)
+    except UserError as error:
+        raise AgreedError(str(error)) from None
+
+
 def _on_every_rank(configure: Callable[[], Config]) -> int:
     """Joins the other processes and trains; the exit code. Rank 0 alone tells of shared errors."""
     try:
         parallel = ParallelConfig()
         with contextlib.suppress(UserError):  # told below, by all ranks together
             parallel = configure().parallel
-        world = connect(parallel.backend, parallel.timeout)
+        world = _meet(parallel)
         config = world.together(configure)
         keep_freed_memory()
         pretrain(config, world=world)
