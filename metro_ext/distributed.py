@@ -6,6 +6,8 @@ anything.
 """
 
 import os
+import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,10 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from metro_ext.command_line import USER_ERROR
 from metro_ext.errors import UserError
 
 T = TypeVar("T")
 
+_GRACE_SECONDS = 5  # for torch's own timeout to speak first
 _MESSAGE_BYTES = 2000  # of an error that is passed between ranks; longer ones are cut
 
 
@@ -131,6 +135,10 @@ def connect(backend: str, timeout: int) -> World:
     with_nccl = cuda and backend != "gloo"
     if cuda:
         torch.cuda.set_device(numbers["LOCAL_RANK"] % torch.cuda.device_count())
+    # A client that reaches a port of another service waits there for ever, inside the C++ code.
+    watchdog = threading.Timer(timeout + _GRACE_SECONDS, _give_up, [numbers["RANK"], timeout])
+    watchdog.daemon = True
+    watchdog.start()
     try:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if with_nccl else "gloo", timeout=timedelta(seconds=timeout)
@@ -142,7 +150,15 @@ def connect(backend: str, timeout: int) -> World:
         raise UserError(
             f"the {numbers['WORLD_SIZE']} processes did not meet at {address}{hint}: {reason}"
         ) from None
+    finally:
+        watchdog.cancel()
     return World(numbers["RANK"], numbers["WORLD_SIZE"], numbers["LOCAL_RANK"], True)
+
+
+def _give_up(rank: int, timeout: int) -> None:
+    if rank == 0:
+        print(f"error: no other process came within {timeout} s", file=sys.stderr, flush=True)
+    os._exit(USER_ERROR)
 
 
 def disconnect() -> None:
