@@ -145,10 +145,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _meet(parallel: ParallelConfig) -> World:
-    """Joins the other ranks; what keeps them apart is the same for all, so rank 0 tells of it."""
+    """Joins the other ranks. What keeps them apart is told by each, by rank 0 as the error."""
     try:
         return connect(parallel.backend, parallel.timeout)
     except UserError as error:
+        if launched_rank() > 0:
+            print(f"rank {launched_rank()}: {error}", file=sys.stderr)
         raise AgreedError(str(error)) from None
 
 
