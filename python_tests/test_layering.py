@@ -12,13 +12,14 @@ LAYERS = [
     {"errors", "atomic", "sample_text"},
     {"command_line", "ops", "config_schema", "text_files", "monitor", "hardware"},
     {"tokenizer", "presets", "checkpoint", "info"},
-    {"corpus_format", "config", "model", "plot"},
+    {"corpus_format", "config", "model", "plot", "tokenizer_json"},
     {"corpus_build"},
     {"corpus"},
     {"batches", "prepare"},
-    {"objective", "optim"},
+    {"objective", "optim", "mpnet"},
     {"held_out", "pretrained"},
-    {"train", "inspect"},
+    {"train", "inspect", "export", "hf"},
+    {"import_mpnet"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
