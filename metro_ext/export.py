@@ -71,10 +71,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a pretraining run")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
     parser.add_argument("--network", choices=("main", "auxiliary"), default="main")
-    parser.add_argument("--classes", choices=CLASSES, default="mpnet",
-                        help="metro: classes of metro_ext.hf, for other bucket settings")  # fmt: skip
-    parser.add_argument("--training-state", action="store_true",
-                        help="add all that metro_ext.import_mpnet needs to go on")  # fmt: skip
+    classes = "metro: the classes of metro_ext.hf, for other bucket settings"
+    parser.add_argument("--classes", choices=CLASSES, default="mpnet", help=classes)
+    state = "add all that metro_ext.import_mpnet needs to go on"
+    parser.add_argument("--training-state", action="store_true", help=state)
     options = parser.parse_args(argv)
     if (options.out / mpnet.CONFIG).exists():
         raise UserError(f"{options.out}: it holds a model already: remove it or name another")

@@ -158,8 +158,10 @@ def assert_same_ids(tokenizer, judge, texts):
 
 ODD = [
     "", " ", "  two  spaces ", "\ttab\r\nline\r", "▁▁ lower one eighth ▁", "naïve café NAÏVE CAFÉ",
-    "e\u0301 e\u0301\u0302 A\u030a", "\u200bzero\u200dwidth\ufeff", "\x01\x02control\x7f", "ﬁne ½ ①",
-    "Ｆｕｌｌ ｗｉｄｔｈ～", "Straße ΣΊΣΥΦΟΣ İi", "日本語 中文 한국어 \u1112\u1161\u11ab", "👩‍👩‍👧‍👦 🇬🇧 👍🏽",
+    "e\u0301 e\u0301\u0302 A\u030a", "\u200bzero\u200dwidth\ufeff", "\x01\x02control\x7f",
+    "ﬁne ½ ①",
+    "Ｆｕｌｌ ｗｉｄｔｈ～", "Straße ΣΊΣΥΦΟΣ İi", "日本語 中文 한국어 \u1112\u1161\u11ab",
+    "👩‍👩‍👧‍👦 🇬🇧 👍🏽",
     "مرحبا שלום हिन्दी ไทย", "\U0010fffd \U0001d538 \ue000", "aaaaaaaaaaa ------- ....... hahaha",
     "\x01\u0301", "<0x41> 0x41", "x" * 300, "\u00a0nbsp\u3000ideographic\u2028line",
 ]  # fmt: skip
