@@ -18,7 +18,7 @@ LAYERS = [
     {"batches", "prepare"},
     {"objective", "optim", "mpnet"},
     {"held_out", "pretrained"},
-    {"train", "inspect", "export", "hf", "finetune"},
+    {"train", "inspect", "export", "hf", "finetune", "evaluate"},
     {"import_mpnet"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
