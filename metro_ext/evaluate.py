@@ -120,7 +120,7 @@ def pseudo_log_likelihoods(pretrained: Pretrained, rows: list[Row]) -> list[floa
     masked, owner = [], []
     for place, row in enumerate(rows):
         for position in range(1, len(row) - 1):
-            masked.append(row[:position] + [mask] + row[position + 1 :])
+            masked.append([*row[:position], mask, *row[position + 1 :]])
             owner.append((place, position))
     totals = [0.0] * len(rows)
     for places in batches(masked):
