@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metro_ext import mpnet
+from metro_ext.errors import UserError
 from metro_ext.finetune.examples import Example
 from metro_ext.model import Encoder, Packing
 from metro_ext.pretrained import EncodedTexts, Pretrained
@@ -107,8 +108,9 @@ def packed(rows: list[list[int]], limit: int, seed: int) -> tuple[Tensor, Packin
 def loss_of(logits: Tensor, labels: list) -> Tensor:
     """Cross-entropy, or the squared error where there is one output."""
     if logits.shape[1] == 1:
-        return F.mse_loss(logits[:, 0], torch.tensor(labels, dtype=torch.float32))
-    loss = F.cross_entropy(logits, torch.tensor(labels))
+        loss = F.mse_loss(logits[:, 0], torch.tensor(labels, dtype=torch.float32))
+    else:
+        loss = F.cross_entropy(logits, torch.tensor(labels))
     if not math.isfinite(loss.item()):
-        raise FloatingPointError("the loss is not finite; try a lower --lr")
+        raise UserError(f"expected a finite loss, found {loss.item()}; try a lower --lr")
     return loss
