@@ -12,14 +12,14 @@ LAYERS = [
     {"errors", "atomic", "sample_text"},
     {"command_line", "ops", "config_schema", "text_files", "monitor", "hardware"},
     {"tokenizer", "presets", "checkpoint", "info", "distributed"},
-    {"corpus_format", "config", "model", "plot"},
+    {"corpus_format", "config", "model", "plot", "tokenizer_json"},
     {"corpus_build"},
     {"corpus"},
     {"batches", "prepare"},
-    {"objective", "optim"},
+    {"objective", "optim", "mpnet"},
     {"held_out", "pretrained", "parallel"},
-    {"trainer", "inspect"},
-    {"train"},
+    {"trainer", "inspect", "export", "hf", "finetune", "evaluate"},
+    {"import_mpnet", "train"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
