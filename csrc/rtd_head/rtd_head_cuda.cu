@@ -68,9 +68,17 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(RtdHeadParams p) {
   }
 }
 
-__global__ void sum_hits_kernel(const int64_t* partials, int64_t* hits, int64_t blocks) {
+// One block.
+__global__ void __launch_bounds__(kThreads)
+    sum_hits_kernel(const int64_t* partials, int64_t* hits, int64_t blocks) {
+  __shared__ int64_t shared[kWarps];
   int64_t sum = 0;
-  for (int64_t block = 0; block < blocks; ++block) sum += partials[block];
+  for (int64_t block = threadIdx.x; block < blocks; block += kThreads) sum += partials[block];
+  for (int bit = kWarp / 2; bit > 0; bit /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, bit);
+  if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = sum;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  for (int w = 1; w < kWarps; ++w) sum += shared[w];
   *hits = sum;
 }
 
@@ -134,7 +142,7 @@ cudaError_t forward(const RtdHeadParams& p, void* stream) {
   const dim3 grid(static_cast<unsigned>(blocks));
   const cudaError_t error = launch(forward_kernel<T, N>, grid, dim3(kThreads), 0, stream, p);
   if (error != cudaSuccess) return error;
-  return launch(sum_hits_kernel, dim3(1), dim3(1), 0, stream,
+  return launch(sum_hits_kernel, dim3(1), dim3(kThreads), 0, stream,
                 static_cast<const int64_t*>(p.partials), p.hits, blocks);
 }
 
