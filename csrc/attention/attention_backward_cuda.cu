@@ -22,6 +22,13 @@ constexpr int kDiagonalStride = kTileRows + 1;  // neighbouring diagonals in nei
 // Two tiles that stay, two that pass, twice in 16-bit types.
 template <typename T>
 constexpr int kStages = sizeof(T) == 2 ? 2 : 1;
+// Tiles of 8 queries that a key block turns into gradients at a time: it keeps two sums of kDim
+// columns, and beside two of 96 or 128 the scores of 64 queries and the parts of float32 products
+// do not fit in 255 registers.
+template <typename T, int kDim>
+constexpr int kKeyScoreTiles = sizeof(T) == 2 || kDim <= 64 ? kScoreTiles
+                               : kDim <= 96                 ? kScoreTiles / 2
+                                                            : kScoreTiles / 4;
 template <typename T, int kDim>
 constexpr int kTilesBytes = (2 + 2 * kStages<T>)*AttentionTile<T, kDim>::kBytes;
 template <typename T, int kDim>
@@ -182,6 +189,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
 template <typename T, int kDim>
 __global__ void __launch_bounds__(kAttentionThreads, 1) grad_key_kernel(AttentionBackwardParams p) {
   using Tile = AttentionTile<T, kDim>;
+  constexpr int kTiles = kKeyScoreTiles<T, kDim>;
   const AttentionParams& f = p.forward;
   const AttentionBlock b = attention_block(f);
   if (b.first >= b.length) return;
@@ -217,25 +225,29 @@ __global__ void __launch_bounds__(kAttentionThreads, 1) grad_key_kernel(Attentio
     if (kStages<T> == 2 && query + kTileRows < b.length) copy_queries(query + kTileRows);
     const T* tile = queries + query / kTileRows % kStages<T> * 2 * Tile::kElements;
     const uint32_t kept = kept_by_key(dropout, b, query, b.first + strip);
-    float probs[kScoreTiles][4] = {}, grads[kScoreTiles][4] = {};
-    add_scores<T, kDim>(probs, keys + strip * Tile::kStride, tile);
-    add_scores<T, kDim>(grads, keys + Tile::kElements + strip * Tile::kStride,
-                        tile + Tile::kElements);
+#pragma unroll 1
+    for (int first = 0; first < kTileRows; first += 8 * kTiles) {
+      const T* part = tile + first * Tile::kStride;
+      float probs[kTiles][4] = {}, grads[kTiles][4] = {};
+      add_scores<T, kDim>(probs, keys + strip * Tile::kStride, part);
+      add_scores<T, kDim>(grads, keys + Tile::kElements + strip * Tile::kStride,
+                          part + Tile::kElements);
 #pragma unroll
-    for (int n = 0; n < kScoreTiles; ++n) {
+      for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int row = strip + lane / 4 + i / 2 * 8, col = n * 8 + lane % 4 * 2 + i % 2;
-        const float x = fmaf(probs[n][i], scale * kLog2E, bias[row - col + kTileRows - 1]);
-        const float prob = exp2_approx(x - lse[col]);
-        const bool keep = kept >> (4 * n + i) & 1u;
-        const float grad = keep ? grads[n][i] * dropout.scale : 0.0f;
-        grads[n][i] = prob * (grad - delta[col]);
-        probs[n][i] = keep ? prob : 0.0f;
+        for (int i = 0; i < 4; ++i) {
+          const int row = strip + lane / 4 + i / 2 * 8, col = first + n * 8 + lane % 4 * 2 + i % 2;
+          const float x = fmaf(probs[n][i], scale * kLog2E, bias[row - col + kTileRows - 1]);
+          const float prob = exp2_approx(x - lse[col]);
+          const bool keep = kept >> (first / 2 + 4 * n + i) & 1u;
+          const float grad = keep ? grads[n][i] * dropout.scale : 0.0f;
+          grads[n][i] = prob * (grad - delta[col]);
+          probs[n][i] = keep ? prob : 0.0f;
+        }
       }
+      add_weighted<T, kDim>(grad_values, probs, part + Tile::kElements);
+      add_weighted<T, kDim>(grad_keys, grads, part);
     }
-    add_weighted<T, kDim>(grad_values, probs, tile + Tile::kElements);
-    add_weighted<T, kDim>(grad_keys, grads, tile);
     __syncthreads();
     if (kStages<T> == 1 && query + kTileRows < b.length) copy_queries(query + kTileRows);
   }
@@ -270,8 +282,8 @@ template <typename T, int kDim>
 cudaError_t gradients(const AttentionBackwardParams& p, void* stream) {
   const AttentionParams& f = p.forward;
   const int64_t blocks = ceil_div(f.tokens * f.heads, kAttentionThreads / kWarp);
-  cudaError_t error = launch(delta_kernel<T>, dim3(static_cast<unsigned>(blocks)),
-                             dim3(kAttentionThreads), 0, stream, p);
+  cudaError_t error =
+      launch(delta_kernel<T>, dim3(grid_extent(blocks)), dim3(kAttentionThreads), 0, stream, p);
   if (error != cudaSuccess) return error;
   error =
       launch_attention(grad_key_kernel<T, kDim>, attention_grid(f), kKeyBytes<T, kDim>, stream, p);
