@@ -4,7 +4,7 @@
 // A block walks its share of the rows, a warp a row. Backward: a warp owns a strip of columns and
 // keeps its weights and their gradient's sums in registers; the eight warps' sums are added in a
 // fixed order, and a second kernel adds those of the blocks.
-#include "common/cuda_launch.cuh"
+#include "common/cuda_columns.cuh"
 #include "common/cuda_vector.cuh"
 #include "rtd_head/rtd_head.h"
 
@@ -129,10 +129,10 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(RtdHeadBackwardParam
 
 __global__ void __launch_bounds__(kThreads)
     column_sum_kernel(RtdHeadBackwardParams p, int64_t blocks) {
-  const int64_t col = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (col > p.cols) return;
-  float sum = 0.0f;
-  for (int64_t block = 0; block < blocks; ++block) sum += p.partials[block * (p.cols + 1) + col];
+  __shared__ float shared[kWarps][kWarp];
+  const float sum = cuda::column_sum<kWarps>(p.partials, blocks, p.cols + 1, shared);
+  const int64_t col = static_cast<int64_t>(blockIdx.x) * kWarp + threadIdx.x;
+  if (threadIdx.x >= kWarp || col > p.cols) return;
   *(col == p.cols ? p.grad_bias : p.grad_weight + col) = sum;
 }
 
@@ -153,7 +153,7 @@ cudaError_t backward(const RtdHeadBackwardParams& p, void* stream) {
   const dim3 grid(static_cast<unsigned>(strips), static_cast<unsigned>(blocks));
   const cudaError_t error = launch(backward_kernel<T, N>, grid, dim3(kThreads), 0, stream, p);
   if (error != cudaSuccess) return error;
-  const dim3 columns(static_cast<unsigned>(ceil_div(p.cols + 1, kThreads)));
+  const dim3 columns(static_cast<unsigned>(ceil_div(p.cols + 1, kWarp)));
   return launch(column_sum_kernel, columns, dim3(kThreads), 0, stream, p, blocks);
 }
 
