@@ -6,7 +6,7 @@
 // The bias gradient: a query block writes a tile of grad_score to shared memory, thread x adds up
 // diagonal x in the order of the rows, and what neighbouring key tiles share is carried from one to
 // the next. Each block leaves one vector by diagonal; the last kernel adds those of all blocks in
-// the order of the tokens.
+// a fixed order.
 //
 // Floor: 14 · length² · head_dim FLOPs a (sequence, head); qkv, out, grad_out and lse read once,
 // grad_qkv written once, the tiles of the inner loops re-read from L2.
@@ -17,6 +17,7 @@ namespace {
 
 using namespace cuda;  // NOLINT: the helpers of attention_cuda.cuh
 
+constexpr int kBiasThreads = 256;
 constexpr int kDiagonalStride = kTileRows + 1;  // neighbouring diagonals in neighbouring banks
 
 // Two tiles that stay, two that pass, twice in 16-bit types.
@@ -258,24 +259,32 @@ __global__ void __launch_bounds__(kAttentionThreads, 1) grad_key_kernel(Attentio
                        b.first + strip, b.length, f.head_dim);
 }
 
-// grad_bias[head, column]: the query blocks' vectors in the order of the tokens.
-__global__ void __launch_bounds__(kAttentionThreads) bias_sum_kernel(AttentionBackwardParams p) {
+// grad_bias[head, column]: 32 columns a block, the query blocks' vectors of every eighth sequence a
+// warp, in the order of the tokens, and then the warps' sums in theirs.
+__global__ void __launch_bounds__(kBiasThreads) bias_sum_kernel(AttentionBackwardParams p) {
+  constexpr int kWarps = kBiasThreads / kWarp;
+  __shared__ float shared[kWarps][kWarp];
   const AttentionParams& f = p.forward;
-  const int64_t column = static_cast<int64_t>(blockIdx.x) * kAttentionThreads + threadIdx.x;
-  if (column >= 2 * f.max_seqlen - 1) return;
-  const float* partials =
-      p.bias_partials + blockIdx.y * attention_slots(f) * attention_slot_width(f);
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int64_t width = attention_slot_width(f), columns = 2 * f.max_seqlen - 1;
+  const int64_t column = static_cast<int64_t>(blockIdx.x) * kWarp + lane;
+  const float* partials = p.bias_partials + blockIdx.y * attention_slots(f) * width;
   float sum = 0.0f;
-  for (int64_t s = 0; s < f.sequences; ++s) {
+  for (int64_t s = warp; s < f.sequences; s += kWarps) {
     const int64_t start = f.cu_seqlens[s], length = f.cu_seqlens[s + 1] - start;
     const int64_t tiles = (length + kTileRows - 1) / kTileRows;
+    const float* vectors = partials + (start / kTileRows + s) * width;
+#pragma unroll 4
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t x = column - (f.max_seqlen - 1) + kTileRows - 1 + tile * kTileRows;
-      if (x < 0 || x >= (tiles + 1) * kTileRows) continue;
-      sum += partials[(start / kTileRows + s + tile) * attention_slot_width(f) + x];
+      if (x >= 0 && x < (tiles + 1) * kTileRows) sum += vectors[tile * width + x];
     }
   }
-  p.grad_bias[blockIdx.y * (2 * f.max_seqlen - 1) + column] = sum;
+  shared[warp][lane] = sum;
+  __syncthreads();
+  if (warp != 0 || column >= columns) return;
+  for (int w = 1; w < kWarps; ++w) sum += shared[w][lane];
+  p.grad_bias[blockIdx.y * columns + column] = sum;
 }
 
 template <typename T, int kDim>
@@ -302,9 +311,9 @@ int attention_backward_cuda(const AttentionBackwardParams& p, void* stream) {
     if (error != cudaSuccess) return error;
   }
   if (f.bias == nullptr) return cudaSuccess;
-  const dim3 grid(static_cast<unsigned>(ceil_div(2 * f.max_seqlen - 1, kAttentionThreads)),
+  const dim3 grid(static_cast<unsigned>(ceil_div(2 * f.max_seqlen - 1, kWarp)),
                   static_cast<unsigned>(f.heads));
-  return launch(bias_sum_kernel, grid, dim3(kAttentionThreads), 0, stream, p);
+  return launch(bias_sum_kernel, grid, dim3(kBiasThreads), 0, stream, p);
 }
 
 }  // namespace metro
