@@ -1,5 +1,6 @@
 // Floor at R rows of H elements of s bytes: forward 4·R·H·s (x, residual in; sum, out out),
-// backward 3·R·H·s, or 4·R·H·s with dropout; everything else is below a hundredth of that.
+// backward 3·R·H·s, or 4·R·H·s with dropout. Backward's partial sums, at most 396 · 3 · H floats,
+// are written and read again within L2: 2.4 % of that each way at 32768 rows in bf16.
 //
 // Forward: a warp holds a row in registers, K vectors of N elements a lane.
 //
@@ -7,10 +8,10 @@
 // row, and a block of up to eight warps takes as many rows at a time as fit. Weights and column
 // sums then cost 4 N registers instead of 4 K N: three blocks of 256 threads fit on a
 // multiprocessor, where a warp with a row of 1024 columns of its own would take 230 registers a
-// thread and one block would fill it, with a fifth of the loads in flight. The price is a barrier
-// for each round of rows, for the two sums over a row; the loads of the next round are under way
-// before it. The block adds up its rows' column sums in a fixed order and writes one row of partial
-// sums; a second kernel adds those.
+// thread, and one block of eight warps would fill it: too few to work while others wait for memory.
+// The price is a barrier for each round of rows, for the two sums over a row; the loads of the next
+// round are under way before it. The block adds up its rows' column sums in a fixed order and
+// writes one row of partial sums; a second kernel adds those.
 //
 // Rows that do not fit (or are not a multiple of 16 bytes) go through loops over a block's threads
 // that read the row again from the cache.
@@ -284,7 +285,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
     const int64_t at = row * p.cols + col;
     float g[N];
 #pragma unroll
-    for (int i = 0; i < N; ++i) {  // made again from 16 bits: two vectors of float32 cost a block
+    for (int i = 0; i < N; ++i) {  // made again: in registers they would cost the third block
       const float x_hat = (to_float(now.sum.items[i]) - now.mean) * now.rstd;
       g[i] = to_float(now.grad_out.items[i]) * weight[i];
       g[i] = now.rstd * (fmaf(x_hat, -gx_mean, g[i]) - g_mean);
