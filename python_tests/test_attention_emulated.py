@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from emulation import emulated
+from emulation import EmulationError, emulated
 from op_checks import assert_close
 
 from metro_ext.ops import attention as cpu_attention
@@ -114,6 +114,14 @@ def test_no_tokens(dtype, lengths):
     grad_qkv, grad_bias = case.backward(out, out, lse)
     assert grad_qkv.shape == case.qkv.shape
     assert torch.equal(grad_bias, torch.zeros_like(case.bias))
+
+
+def test_a_grid_too_large_is_refused():
+    """2^24 tiles of 256 sequences are 2^32 blocks, which 32 bits would hold as none."""
+    case = Case([1] * 256, 1, 32, torch.float32, False, 0.0)
+    case.max_seqlen = 2**30
+    with pytest.raises(EmulationError):
+        case.forward()
 
 
 def test_dropout_keeps_what_the_cpu_keeps():
