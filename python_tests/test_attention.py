@@ -202,6 +202,26 @@ def test_bitwise_repeat(device, dtype):
     assert_bitwise_repeatable(run)
 
 
+@pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
+def test_views_off_the_16_byte_boundaries(device, dtype):
+    qkv, bias, boundaries, _ = make_inputs([70, 3], 2, 32, device, dtype, 70)
+    grad = torch.randn(73, 2, 32, device=device).to(dtype)
+
+    def shifted(t):
+        view = torch.empty(t.numel() + 1, dtype=t.dtype, device=device)[1:].view(t.shape).copy_(t)
+        assert view.is_contiguous() and view.data_ptr() % 16
+        return view
+
+    options = (boundaries, bias, 70, None, 0.0, 0)
+    out, lse = torch.ops.metro.attention(qkv, *options)
+    grads = torch.ops.metro.attention_backward(grad, qkv, out, lse, *options)
+    again = torch.ops.metro.attention(shifted(qkv), *options)
+    assert torch.equal(again[0], out) and torch.equal(again[1], lse)
+    given = (shifted(grad), shifted(qkv), shifted(out), lse, *options)
+    for a, b in zip(torch.ops.metro.attention_backward(*given), grads, strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("p", [0.0, 0.3])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from emulation import emulated
+from emulation import EmulationError, emulated
 from op_checks import assert_close
 
 from metro_ext.ops import attention as cpu_attention
@@ -18,7 +18,8 @@ class Case:
 
     def __init__(self, lengths, heads, head_dim, dtype, with_bias, p):
         generator = torch.Generator().manual_seed(sum(lengths) + head_dim)
-        self.lengths, self.p, self.max_seqlen = lengths, p, max(lengths) + 3
+        self.lengths, self.p = lengths, p
+        self.max_seqlen = max(lengths, default=0) + 3
         self.qkv = torch.randn(sum(lengths), 3, heads, head_dim, generator=generator).to(dtype)
         width = 2 * self.max_seqlen - 1
         self.bias = torch.randn(heads, width, generator=generator) if with_bias else None
@@ -83,6 +84,7 @@ CASES = [
     ([5, 65], 1, 32, True, 0.0),
     ([64, 0, 0], 1, 128, False, 0.7),
     ([70], 1, 96, False, 0.0),
+    ([70, 2], 1, 32, False, 0.2),
     ([66], 1, 24, True, 1.0),
 ]
 
@@ -101,6 +103,25 @@ def test_matches_reference(lengths, heads, head_dim, with_bias, p, dtype):
     expected = torch.autograd.grad(expected_out, inputs, grad_out.double())
     for index, (a, b) in enumerate(zip(grads, expected, strict=True)):
         assert_close(a, b, dtype, f"gradient of input {index}")
+
+
+@pytest.mark.parametrize("lengths", [[], [0, 0]])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_tokens(dtype, lengths):
+    case = Case(lengths, 2, 32, dtype, True, 0.1)
+    out, lse = case.forward()
+    assert out.shape == (0, 2, 32) and lse.shape == (2, 0)
+    grad_qkv, grad_bias = case.backward(out, out, lse)
+    assert grad_qkv.shape == case.qkv.shape
+    assert torch.equal(grad_bias, torch.zeros_like(case.bias))
+
+
+def test_a_grid_too_large_is_refused():
+    """2^24 tiles of 256 sequences are 2^32 blocks, which 32 bits would hold as none."""
+    case = Case([1] * 256, 1, 32, torch.float32, False, 0.0)
+    case.max_seqlen = 2**30
+    with pytest.raises(EmulationError):
+        case.forward()
 
 
 def test_dropout_keeps_what_the_cpu_keeps():

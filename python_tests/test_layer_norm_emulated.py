@@ -11,7 +11,7 @@ SEED = 0x1234_5678_9ABC_DEF1
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1])
-@pytest.mark.parametrize("shape", [(9, 5), (0, 8), (19, 64), (67, 768), (3, 4104)])
+@pytest.mark.parametrize("shape", [(9, 5), (0, 8), (19, 64), (11, 520), (67, 768), (3, 4104)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_matches_reference(dtype, shape, p):
     generator = torch.Generator().manual_seed(0)
@@ -44,6 +44,23 @@ def test_matches_reference(dtype, shape, p):
     for name, leaf in zip(names, leaves, strict=True):
         assert_close(grads[0][f"grad_{name}"], leaf.grad, dtype, name)
     assert all(torch.equal(t, grads[0][name]) for name, t in grads[1].items())
+
+
+@pytest.mark.parametrize("shape", [(9, 5), (19, 64)])  # the loops, a row in a warp's registers
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_without_bias_and_residual(dtype, shape):
+    generator = torch.Generator().manual_seed(1)
+    rows, cols = shape
+    x = torch.randn(shape, generator=generator).to(dtype)
+    weight, shift = torch.randn(2, cols, generator=generator).unbind()
+    row = torch.empty(rows)
+    got = emulated("layer_norm").run(
+        "layer_norm", x=x, bias=None, residual=None, weight=weight, shift=shift, seed=None, p=0.0,
+        draw=0, rows=rows, cols=cols, dtype=dtype, eps=1e-5, out=x, sum=x, mean=row, rstd=row,
+        written=("out", "sum", "mean", "rstd"))  # fmt: skip
+    assert torch.equal(got["sum"], x)
+    expected = reference.layer_norm(x.double(), weight.double(), shift.double())
+    assert_close(got["out"], expected, dtype, "out")
 
 
 def test_dropout_is_bitwise_that_of_the_reference():

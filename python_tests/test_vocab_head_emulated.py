@@ -87,3 +87,21 @@ def test_gradient(dtype, rows, vocab, begin, order):
     assert_close(got["logits"], expected[:, begin:], dtype, "gradient of the logits")
     columns = expected.sum(0)[begin:]
     assert_close(got["grad_bias"][begin:], columns, torch.float32, "gradient of the bias")
+
+
+@pytest.mark.parametrize("count", [1, 7, 2056])  # 2056: 16-byte accesses, more than a block
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products_of_tiles_add_up(dtype, count):
+    generator = torch.Generator().manual_seed(count)
+    products = torch.randn(3, count, generator=generator).to(dtype)
+    expected = products.float()[0] + products.float()[1] + products.float()[2]
+    memory = {"sum": torch.empty(count), "out": torch.empty(count, dtype=dtype)}
+    for i, product in enumerate(products):
+        memory = emulated("vocab_head").run(
+            "vocab_head_accumulate", product=product, **memory, count=count, first=int(i == 0),
+            last=int(i == 2), dtype=dtype, written=("sum", "out") if i == 0 else (),
+        )  # fmt: skip
+        memory = {name: memory[name] for name in ("sum", "out")}
+        assert i == 2 or bool(memory["out"].isnan().all())
+    assert torch.equal(memory["sum"], expected)
+    assert torch.equal(memory["out"], expected.to(dtype))

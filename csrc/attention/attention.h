@@ -11,10 +11,10 @@
 //
 // qkv, grad_qkv: [tokens, 3, heads, head_dim]; out, grad_out: [tokens, heads, head_dim], in T
 // (float32, bf16; float16 on CUDA); lse: [heads, tokens]; bias, grad_bias: [heads, 2 L - 1]
-// float32, or null. All contiguous.
+// float32, or null. All contiguous; those in T begin on 16-byte boundaries.
 // Nothing of size length × length is held: scores live in tiles of 64 × 64. No atomics on floats:
-// a (sequence, head) belongs to one worker, and the bias gradient is summed over sequences in their
-// order, from one vector per sequence and head.
+// a (sequence, head) belongs to one worker, and the bias gradient is summed over sequences in a
+// fixed order, from vectors by relative position.
 #pragma once
 
 #include <cstdint>
@@ -61,7 +61,9 @@ struct AttentionBackwardParams {
   float* grad_bias;
   // Scratch. CPU: [heads, 2 tokens], the gradient by relative position within sequence s starts at
   // 2 · cu_seqlens[s]. CUDA: [heads, attention_slots, attention_slot_width], a vector by diagonal
-  // for each tile of queries; tile t of sequence s has slot cu_seqlens[s] / 64 + s + t.
+  // for each tile of queries; tile t of sequence s has slot cu_seqlens[s] / 64 + s + t. That is
+  // 4 (L / 64 + 1) bytes a token and head, and for each sequence what 64 tokens take: 36 at
+  // L = 512, where a head's qkv takes 384 in bf16 at d = 64.
   float* bias_partials;
   float* delta;  // [heads, tokens] scratch of the CUDA kernels
 };

@@ -6,7 +6,7 @@
 // The bias gradient: a query block writes a tile of grad_score to shared memory, thread x adds up
 // diagonal x in the order of the rows, and what neighbouring key tiles share is carried from one to
 // the next. Each block leaves one vector by diagonal; the last kernel adds those of all blocks in
-// the order of the tokens.
+// a fixed order.
 //
 // Floor: 14 · length² · head_dim FLOPs a (sequence, head); qkv, out, grad_out and lse read once,
 // grad_qkv written once, the tiles of the inner loops re-read from L2.
@@ -17,11 +17,19 @@ namespace {
 
 using namespace cuda;  // NOLINT: the helpers of attention_cuda.cuh
 
+constexpr int kBiasThreads = 256;
 constexpr int kDiagonalStride = kTileRows + 1;  // neighbouring diagonals in neighbouring banks
 
 // Two tiles that stay, two that pass, twice in 16-bit types.
 template <typename T>
 constexpr int kStages = sizeof(T) == 2 ? 2 : 1;
+// Tiles of 8 queries that a key block turns into gradients at a time: it keeps two sums of kDim
+// columns, and beside two of 96 or 128 the scores of 64 queries and the parts of float32 products
+// do not fit in 255 registers.
+template <typename T, int kDim>
+constexpr int kKeyScoreTiles = sizeof(T) == 2 || kDim <= 64 ? kScoreTiles
+                               : kDim <= 96                 ? kScoreTiles / 2
+                                                            : kScoreTiles / 4;
 template <typename T, int kDim>
 constexpr int kTilesBytes = (2 + 2 * kStages<T>)*AttentionTile<T, kDim>::kBytes;
 template <typename T, int kDim>
@@ -182,6 +190,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
 template <typename T, int kDim>
 __global__ void __launch_bounds__(kAttentionThreads, 1) grad_key_kernel(AttentionBackwardParams p) {
   using Tile = AttentionTile<T, kDim>;
+  constexpr int kTiles = kKeyScoreTiles<T, kDim>;
   const AttentionParams& f = p.forward;
   const AttentionBlock b = attention_block(f);
   if (b.first >= b.length) return;
@@ -217,25 +226,29 @@ __global__ void __launch_bounds__(kAttentionThreads, 1) grad_key_kernel(Attentio
     if (kStages<T> == 2 && query + kTileRows < b.length) copy_queries(query + kTileRows);
     const T* tile = queries + query / kTileRows % kStages<T> * 2 * Tile::kElements;
     const uint32_t kept = kept_by_key(dropout, b, query, b.first + strip);
-    float probs[kScoreTiles][4] = {}, grads[kScoreTiles][4] = {};
-    add_scores<T, kDim>(probs, keys + strip * Tile::kStride, tile);
-    add_scores<T, kDim>(grads, keys + Tile::kElements + strip * Tile::kStride,
-                        tile + Tile::kElements);
+#pragma unroll 1
+    for (int first = 0; first < kTileRows; first += 8 * kTiles) {
+      const T* part = tile + first * Tile::kStride;
+      float probs[kTiles][4] = {}, grads[kTiles][4] = {};
+      add_scores<T, kDim>(probs, keys + strip * Tile::kStride, part);
+      add_scores<T, kDim>(grads, keys + Tile::kElements + strip * Tile::kStride,
+                          part + Tile::kElements);
 #pragma unroll
-    for (int n = 0; n < kScoreTiles; ++n) {
+      for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int row = strip + lane / 4 + i / 2 * 8, col = n * 8 + lane % 4 * 2 + i % 2;
-        const float x = fmaf(probs[n][i], scale * kLog2E, bias[row - col + kTileRows - 1]);
-        const float prob = exp2_approx(x - lse[col]);
-        const bool keep = kept >> (4 * n + i) & 1u;
-        const float grad = keep ? grads[n][i] * dropout.scale : 0.0f;
-        grads[n][i] = prob * (grad - delta[col]);
-        probs[n][i] = keep ? prob : 0.0f;
+        for (int i = 0; i < 4; ++i) {
+          const int row = strip + lane / 4 + i / 2 * 8, col = first + n * 8 + lane % 4 * 2 + i % 2;
+          const float x = fmaf(probs[n][i], scale * kLog2E, bias[row - col + kTileRows - 1]);
+          const float prob = exp2_approx(x - lse[col]);
+          const bool keep = kept >> (first / 2 + 4 * n + i) & 1u;
+          const float grad = keep ? grads[n][i] * dropout.scale : 0.0f;
+          grads[n][i] = prob * (grad - delta[col]);
+          probs[n][i] = keep ? prob : 0.0f;
+        }
       }
+      add_weighted<T, kDim>(grad_values, probs, part + Tile::kElements);
+      add_weighted<T, kDim>(grad_keys, grads, part);
     }
-    add_weighted<T, kDim>(grad_values, probs, tile + Tile::kElements);
-    add_weighted<T, kDim>(grad_keys, grads, tile);
     __syncthreads();
     if (kStages<T> == 1 && query + kTileRows < b.length) copy_queries(query + kTileRows);
   }
@@ -246,32 +259,40 @@ __global__ void __launch_bounds__(kAttentionThreads, 1) grad_key_kernel(Attentio
                        b.first + strip, b.length, f.head_dim);
 }
 
-// grad_bias[head, column]: the query blocks' vectors in the order of the tokens.
-__global__ void __launch_bounds__(kAttentionThreads) bias_sum_kernel(AttentionBackwardParams p) {
+// grad_bias[head, column]: 32 columns a block, the query blocks' vectors of every eighth sequence a
+// warp, in the order of the tokens, and then the warps' sums in theirs.
+__global__ void __launch_bounds__(kBiasThreads) bias_sum_kernel(AttentionBackwardParams p) {
+  constexpr int kWarps = kBiasThreads / kWarp;
+  __shared__ float shared[kWarps][kWarp];
   const AttentionParams& f = p.forward;
-  const int64_t column = static_cast<int64_t>(blockIdx.x) * kAttentionThreads + threadIdx.x;
-  if (column >= 2 * f.max_seqlen - 1) return;
-  const float* partials =
-      p.bias_partials + blockIdx.y * attention_slots(f) * attention_slot_width(f);
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int64_t width = attention_slot_width(f), columns = 2 * f.max_seqlen - 1;
+  const int64_t column = static_cast<int64_t>(blockIdx.x) * kWarp + lane;
+  const float* partials = p.bias_partials + blockIdx.y * attention_slots(f) * width;
   float sum = 0.0f;
-  for (int64_t s = 0; s < f.sequences; ++s) {
+  for (int64_t s = warp; s < f.sequences; s += kWarps) {
     const int64_t start = f.cu_seqlens[s], length = f.cu_seqlens[s + 1] - start;
     const int64_t tiles = (length + kTileRows - 1) / kTileRows;
+    const float* vectors = partials + (start / kTileRows + s) * width;
+#pragma unroll 4
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t x = column - (f.max_seqlen - 1) + kTileRows - 1 + tile * kTileRows;
-      if (x < 0 || x >= (tiles + 1) * kTileRows) continue;
-      sum += partials[(start / kTileRows + s + tile) * attention_slot_width(f) + x];
+      if (x >= 0 && x < (tiles + 1) * kTileRows) sum += vectors[tile * width + x];
     }
   }
-  p.grad_bias[blockIdx.y * (2 * f.max_seqlen - 1) + column] = sum;
+  shared[warp][lane] = sum;
+  __syncthreads();
+  if (warp != 0 || column >= columns) return;
+  for (int w = 1; w < kWarps; ++w) sum += shared[w][lane];
+  p.grad_bias[blockIdx.y * columns + column] = sum;
 }
 
 template <typename T, int kDim>
 cudaError_t gradients(const AttentionBackwardParams& p, void* stream) {
   const AttentionParams& f = p.forward;
   const int64_t blocks = ceil_div(f.tokens * f.heads, kAttentionThreads / kWarp);
-  cudaError_t error = launch(delta_kernel<T>, dim3(static_cast<unsigned>(blocks)),
-                             dim3(kAttentionThreads), 0, stream, p);
+  cudaError_t error =
+      launch(delta_kernel<T>, dim3(grid_extent(blocks)), dim3(kAttentionThreads), 0, stream, p);
   if (error != cudaSuccess) return error;
   error =
       launch_attention(grad_key_kernel<T, kDim>, attention_grid(f), kKeyBytes<T, kDim>, stream, p);
@@ -290,9 +311,9 @@ int attention_backward_cuda(const AttentionBackwardParams& p, void* stream) {
     if (error != cudaSuccess) return error;
   }
   if (f.bias == nullptr) return cudaSuccess;
-  const dim3 grid(static_cast<unsigned>(ceil_div(2 * f.max_seqlen - 1, kAttentionThreads)),
+  const dim3 grid(static_cast<unsigned>(ceil_div(2 * f.max_seqlen - 1, kWarp)),
                   static_cast<unsigned>(f.heads));
-  return launch(bias_sum_kernel, grid, dim3(kAttentionThreads), 0, stream, p);
+  return launch(bias_sum_kernel, grid, dim3(kBiasThreads), 0, stream, p);
 }
 
 }  // namespace metro

@@ -48,8 +48,7 @@ __device__ inline AttentionBlock attention_block(const AttentionParams& p) {
 }
 
 inline dim3 attention_grid(const AttentionParams& p) {
-  return dim3(static_cast<unsigned>(ceil_div(p.max_seqlen, kTileRows) * p.sequences),
-              static_cast<unsigned>(p.heads));
+  return dim3(grid_extent(ceil_div(p.max_seqlen, kTileRows) * p.sequences), grid_extent(p.heads));
 }
 
 // Starts copying rows `first` ... of the sequence to a tile; zeros beyond the sequence and beyond
@@ -97,9 +96,9 @@ __device__ inline void mma_float32(float (&c)[4], const float (&a)[4], const flo
   mma_16x8x8_tf32(c, a1, b1);
 }
 
-// scores[16, 64] += a[16, kDim] · b[64, kDim]ᵀ, both in shared memory.
-template <typename T, int kDim>
-__device__ inline void add_scores(float (&scores)[kScoreTiles][4], const T* a, const T* b) {
+// scores[16, 8 kTiles] += a[16, kDim] · b[8 kTiles, kDim]ᵀ, both in shared memory.
+template <typename T, int kDim, int kTiles>
+__device__ inline void add_scores(float (&scores)[kTiles][4], const T* a, const T* b) {
   constexpr int kStride = AttentionTile<T, kDim>::kStride;
   const int lane = threadIdx.x % kWarp;
   if constexpr (sizeof(T) == 2) {
@@ -110,7 +109,7 @@ __device__ inline void add_scores(float (&scores)[kScoreTiles][4], const T* a, c
       uint32_t left[4];
       ldmatrix_x4(left, a_row + k);
 #pragma unroll
-      for (int n = 0; n < kScoreTiles; n += 2) {
+      for (int n = 0; n < kTiles; n += 2) {
         uint32_t right[4];
         ldmatrix_x4(right, b_row + n * 8 * kStride + k);
         mma_16x8x16<T>(scores[n], left, {right[0], right[1]});
@@ -125,7 +124,7 @@ __device__ inline void add_scores(float (&scores)[kScoreTiles][4], const T* a, c
       const float left[4] = {a_at[k], a_at[k + 8 * kStride], a_at[k + 4],
                              a_at[k + 8 * kStride + 4]};
 #pragma unroll
-      for (int n = 0; n < kScoreTiles; ++n) {
+      for (int n = 0; n < kTiles; ++n) {
         const T* at = b_at + n * 8 * kStride + k;
         mma_float32(scores[n], left, {at[0], at[4]});
       }
@@ -133,16 +132,16 @@ __device__ inline void add_scores(float (&scores)[kScoreTiles][4], const T* a, c
   }
 }
 
-// sums[16, kDim] += weights[16, 64] · b[64, kDim], the weights in registers.
-template <typename T, int kDim>
-__device__ inline void add_weighted(float (&sums)[kDim / 8][4],
-                                    const float (&weights)[kScoreTiles][4], const T* b) {
+// sums[16, kDim] += weights[16, 8 kTiles] · b[8 kTiles, kDim], the weights in registers.
+template <typename T, int kDim, int kTiles>
+__device__ inline void add_weighted(float (&sums)[kDim / 8][4], const float (&weights)[kTiles][4],
+                                    const T* b) {
   constexpr int kStride = AttentionTile<T, kDim>::kStride;
   const int lane = threadIdx.x % kWarp;
   if constexpr (sizeof(T) == 2) {
     const T* b_row = b + (lane % 16) * kStride + lane / 16 * 8;
 #pragma unroll
-    for (int k = 0; k < kScoreTiles; k += 2) {
+    for (int k = 0; k < kTiles; k += 2) {
       const uint32_t left[4] = {pack_pair<T>(weights[k][0], weights[k][1]),
                                 pack_pair<T>(weights[k][2], weights[k][3]),
                                 pack_pair<T>(weights[k + 1][0], weights[k + 1][1]),
@@ -160,7 +159,7 @@ __device__ inline void add_weighted(float (&sums)[kDim / 8][4],
     // and 2 member + 1 of the accumulator stand for member and member + 4.
     const T* b_at = b + lane % 4 * 2 * kStride + lane / 4;
 #pragma unroll
-    for (int k = 0; k < kScoreTiles; ++k) {
+    for (int k = 0; k < kTiles; ++k) {
       const float left[4] = {weights[k][0], weights[k][2], weights[k][1], weights[k][3]};
 #pragma unroll
       for (int n = 0; n < kDim / 8; ++n) {

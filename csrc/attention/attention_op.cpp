@@ -40,7 +40,7 @@ Arguments check(const char* op, const Tensor& qkv, const Tensor& cu_seqlens,
   METRO_CHECK(draw >= 0 && draw < (1 << 24), op, "draw must be between 0 and 2^24 - 1, found ",
               draw);
   METRO_CHECK(p == 0.0 || seed.has_value(), op, "dropout needs a seed, found None with p = ", p);
-  Arguments a{torch::stable::contiguous(qkv), torch::stable::contiguous(cu_seqlens), {}, seed, {}};
+  Arguments a{contiguous_aligned(qkv), torch::stable::contiguous(cu_seqlens), {}, seed, {}};
   if (bias.has_value()) {
     check_shape(op, "bias", *bias, {heads, 2 * max_seqlen - 1});
     check_dtype(op, "bias", *bias, ScalarType::Float);
@@ -136,8 +136,8 @@ std::tuple<Tensor, Tensor> attention_backward(const Tensor& grad_any, const Tens
   check_shape(op, "lse", lse_any, {a.params.heads, a.params.tokens});
   check_dtype(op, "lse", lse_any, ScalarType::Float);
   check_same_device(op, "lse", lse_any, a.qkv, "qkv");
-  const Tensor grad_out = torch::stable::contiguous(grad_any);
-  const Tensor out = torch::stable::contiguous(out_any);
+  const Tensor grad_out = contiguous_aligned(grad_any);
+  const Tensor out = contiguous_aligned(out_any);
   const Tensor lse = torch::stable::contiguous(lse_any);
   a.params.out = const_cast<void*>(out.const_data_ptr());
   a.params.lse = const_cast<float*>(data<float>(lse));

@@ -12,6 +12,11 @@ constexpr int kWarp = 32;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// An extent of a grid. What does not fit is no small number by accident: the launch refuses it.
+inline unsigned grid_extent(int64_t blocks) {
+  return blocks <= INT32_MAX ? static_cast<unsigned>(blocks) : UINT32_MAX;
+}
+
 #ifndef METRO_EMULATE_CUDA
 // The block's dynamic shared memory, as many bytes as the launch asked for. Static shared memory is
 // declared in the kernels themselves, which stand in an unnamed namespace.

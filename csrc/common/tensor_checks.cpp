@@ -115,6 +115,12 @@ void fail_no_cuda(const char* op) {
 #endif
 }
 
+Tensor contiguous_aligned(const Tensor& t) {
+  const Tensor whole = torch::stable::contiguous(t);
+  const bool aligned = reinterpret_cast<uintptr_t>(whole.const_data_ptr()) % 16 == 0;
+  return aligned ? whole : torch::stable::clone(whole);
+}
+
 Tensor empty_on(const Tensor& reference, std::initializer_list<int64_t> shape, ScalarType dtype) {
   const std::vector<int64_t> sizes(shape);
   return torch::stable::new_empty(

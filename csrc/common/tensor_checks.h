@@ -51,6 +51,10 @@ void check_seed(const char* op, const Tensor& seed, const Tensor& reference);
 // Raised for a CUDA tensor where this build or this operator has no CUDA kernel.
 [[noreturn]] void fail_no_cuda(const char* op);
 
+// `t`, or a copy of it, contiguous and on a 16-byte boundary, which a view of a part of a tensor
+// may miss: for kernels that have no path for anything else.
+Tensor contiguous_aligned(const Tensor& t);
+
 Tensor empty_on(const Tensor& reference, std::initializer_list<int64_t> shape, ScalarType dtype);
 
 // The element type of a tensor that check_floating accepted.

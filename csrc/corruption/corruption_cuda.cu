@@ -57,6 +57,31 @@ __device__ inline int block_sum(int x, int* shared) {
   return sum;
 }
 
+// The digit that holds the left-th token, and which of its tokens that is; one lane finds it.
+struct Digit {
+  bool here;
+  uint32_t digit;
+  int64_t left;
+};
+
+// One warp, eight digits a lane; `left` is at least 1 and at most the sum of the histogram.
+__device__ inline Digit find_digit(const int* histogram, int64_t left) {
+  constexpr int kOwn = kDigits / kWarp;
+  const int lane = threadIdx.x;
+  int own = 0;
+  for (int i = 0; i < kOwn; ++i) own += histogram[lane * kOwn + i];
+  int through = own;  // the sum over this lane and those before it
+  for (int step = 1; step < kWarp; step *= 2) {
+    const int before = __shfl_up_sync(kAll, through, step);
+    through += lane >= step ? before : 0;
+  }
+  if (left > through || left <= through - own) return {};
+  left -= through - own;
+  uint32_t digit = static_cast<uint32_t>(lane * kOwn);
+  while (left > histogram[digit]) left -= histogram[digit++];
+  return {true, digit, left};
+}
+
 // Radix selection of the count-th smallest order, eight bits a pass.
 __device__ inline Cut find_cut(const MaskTokensParams& p) {
   __shared__ int warp_sums[kSelectWarps];
@@ -78,11 +103,12 @@ __device__ inline Cut find_cut(const MaskTokensParams& p) {
       }
     }
     __syncthreads();
-    if (threadIdx.x == 0) {
-      uint32_t digit = 0;
-      while (left > histogram[digit]) left -= histogram[digit++];
-      shared_prefix = static_cast<uint32_t>(prefix << 8 | digit);
-      shared_left = left;
+    if (threadIdx.x < kWarp) {
+      const Digit found = find_digit(histogram, left);
+      if (found.here) {
+        shared_prefix = static_cast<uint32_t>(prefix << 8 | found.digit);
+        shared_left = found.left;
+      }
     }
     __syncthreads();
     prefix = shared_prefix;

@@ -67,10 +67,10 @@ struct LayerNormBackwardParams {
   DType dtype;
 };
 
-// Enough blocks to occupy any CPU, or two for each multiprocessor of an H200 (the same on every
-// GPU, so that all give the same bits); few enough that the partial sums cost no bandwidth.
+// Enough blocks to occupy any CPU, or three for each multiprocessor of an H200 (the same on every
+// GPU, so that all give the same bits); few enough that the partial sums cost little bandwidth.
 inline int64_t layer_norm_row_blocks(int64_t rows, bool cuda) {
-  constexpr int64_t kCudaBlocks = 264;
+  constexpr int64_t kCudaBlocks = 396;
   if (!cuda) return rows < 64 ? (rows + 7) / 8 : 64;
   return rows < 8 * kCudaBlocks ? (rows + 7) / 8 : kCudaBlocks;
 }

@@ -4,7 +4,7 @@
 // A block walks its share of the rows, a warp a row. Backward: a warp owns a strip of columns and
 // keeps its weights and their gradient's sums in registers; the eight warps' sums are added in a
 // fixed order, and a second kernel adds those of the blocks.
-#include "common/cuda_launch.cuh"
+#include "common/cuda_columns.cuh"
 #include "common/cuda_vector.cuh"
 #include "rtd_head/rtd_head.h"
 
@@ -68,9 +68,17 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(RtdHeadParams p) {
   }
 }
 
-__global__ void sum_hits_kernel(const int64_t* partials, int64_t* hits, int64_t blocks) {
+// One block.
+__global__ void __launch_bounds__(kThreads)
+    sum_hits_kernel(const int64_t* partials, int64_t* hits, int64_t blocks) {
+  __shared__ int64_t shared[kWarps];
   int64_t sum = 0;
-  for (int64_t block = 0; block < blocks; ++block) sum += partials[block];
+  for (int64_t block = threadIdx.x; block < blocks; block += kThreads) sum += partials[block];
+  for (int bit = kWarp / 2; bit > 0; bit /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, bit);
+  if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = sum;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  for (int w = 1; w < kWarps; ++w) sum += shared[w];
   *hits = sum;
 }
 
@@ -121,10 +129,10 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(RtdHeadBackwardParam
 
 __global__ void __launch_bounds__(kThreads)
     column_sum_kernel(RtdHeadBackwardParams p, int64_t blocks) {
-  const int64_t col = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (col > p.cols) return;
-  float sum = 0.0f;
-  for (int64_t block = 0; block < blocks; ++block) sum += p.partials[block * (p.cols + 1) + col];
+  __shared__ float shared[kWarps][kWarp];
+  const float sum = cuda::column_sum<kWarps>(p.partials, blocks, p.cols + 1, shared);
+  const int64_t col = static_cast<int64_t>(blockIdx.x) * kWarp + threadIdx.x;
+  if (threadIdx.x >= kWarp || col > p.cols) return;
   *(col == p.cols ? p.grad_bias : p.grad_weight + col) = sum;
 }
 
@@ -134,7 +142,7 @@ cudaError_t forward(const RtdHeadParams& p, void* stream) {
   const dim3 grid(static_cast<unsigned>(blocks));
   const cudaError_t error = launch(forward_kernel<T, N>, grid, dim3(kThreads), 0, stream, p);
   if (error != cudaSuccess) return error;
-  return launch(sum_hits_kernel, dim3(1), dim3(1), 0, stream,
+  return launch(sum_hits_kernel, dim3(1), dim3(kThreads), 0, stream,
                 static_cast<const int64_t*>(p.partials), p.hits, blocks);
 }
 
@@ -145,7 +153,7 @@ cudaError_t backward(const RtdHeadBackwardParams& p, void* stream) {
   const dim3 grid(static_cast<unsigned>(strips), static_cast<unsigned>(blocks));
   const cudaError_t error = launch(backward_kernel<T, N>, grid, dim3(kThreads), 0, stream, p);
   if (error != cudaSuccess) return error;
-  const dim3 columns(static_cast<unsigned>(ceil_div(p.cols + 1, kThreads)));
+  const dim3 columns(static_cast<unsigned>(ceil_div(p.cols + 1, kWarp)));
   return launch(column_sum_kernel, columns, dim3(kThreads), 0, stream, p, blocks);
 }
 

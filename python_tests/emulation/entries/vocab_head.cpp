@@ -23,6 +23,13 @@ METRO_ENTRY(vocab_head_tile_pass) {
   return metro::vocab_head_tile_pass_cuda(p, nullptr);
 }
 
+METRO_ENTRY(vocab_head_accumulate) {
+  return metro::vocab_head_accumulate_cuda(
+      {in.data("product"), in.data<float>("sum"), in.data("out"), in.integer("count"),
+       in.integer("first") != 0, in.integer("last") != 0, in.dtype()},
+      nullptr);
+}
+
 METRO_ENTRY(vocab_head_grad_tile) {
   metro::VocabHeadGradParams p{};
   p.logits = in.data("logits");
