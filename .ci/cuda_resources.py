@@ -4,11 +4,11 @@
     python .ci/cuda_resources.py --update   compile and write the table
 
 Needs nvcc, c++filt (binutils) and nvdisasm (of the CUDA toolkit or `pip install
-nvidia-cuda-nvdisasm`); no GPU. The table, bench/results/cuda_resources.json, has for each kernel and
-target: registers a thread; bytes of static shared memory a block, of stack frame and of spilled
+nvidia-cuda-nvdisasm`); no GPU. The table, bench/results/cuda_resources.json, has for each kernel
+and target: registers a thread; bytes of static shared memory a block, of stack frame and of spilled
 registers (stores + loads) a thread; and the number of tensor-core instructions in the disassembly.
-A spill is intended only where the kernel's row carries a ``spill_reason``, written by hand; --update
-keeps it.
+Dynamic shared memory is the launch's choice and not seen here. A spill is intended only where the
+kernel's row carries a ``spill_reason``, written by hand; --update keeps it.
 """
 
 import argparse
