@@ -196,11 +196,15 @@ def _rounded(value: Any) -> Any:
 
 
 def commit() -> str:
-    """The commit that is checked out, "+dirty" with uncommitted changes; "unknown" without git."""
+    """The commit that is checked out, "+dirty" with uncommitted changes; "unknown" without git.
+
+    New results do not count as changes: they are written by the script that asks.
+    """
     head = _git("rev-parse", "--short=12", "HEAD")
     if head is None:
         return "unknown"
-    return head + ("+dirty" if _git("status", "--porcelain") else "")
+    changes = _git("status", "--porcelain", "--", ".", ":!bench/results")
+    return head + ("+dirty" if changes else "")
 
 
 def _git(*arguments: str) -> str | None:
