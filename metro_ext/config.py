@@ -20,6 +20,7 @@ from metro_ext.config_schema import (
     ModelConfig,
     ObjectiveConfig,
     OptimConfig,
+    ParallelConfig,
     RunConfig,
     checked,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "ModelConfig",
     "ObjectiveConfig",
     "OptimConfig",
+    "ParallelConfig",
     "RunConfig",
     "differences",
     "from_dict",
@@ -49,6 +51,7 @@ SHORTCUTS = {
     "objective": "objective.name",
     "precision": "run.precision",
     "seed": "run.seed",
+    "parallel": "parallel.mode",
     "preset": "preset",
 }
 

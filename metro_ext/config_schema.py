@@ -160,8 +160,8 @@ class RunConfig(_Section):
     SECTION = "run"
     dir: str = _option("runs/default", "folder of the run; the same folder resumes it")
     steps: int = _option(1500, "optimizer steps of the whole run", minimum=1)
-    tokens_per_batch: int = _option(2048, "tokens a micro-batch and rank", minimum=8)
-    accumulation: int = _option(1, "micro-batches a step and rank", minimum=1)
+    tokens_per_batch: int = _option(2048, "tokens a micro-batch", minimum=8)
+    accumulation: int = _option(1, "micro-batches a step; the ranks share them", minimum=1)
     precision: str = _option("fp32", "arithmetic of the encoders", choices=("fp32", "bf16"))
     seed: int = _option(1, "decides every draw of the run", minimum=0, maximum=2**63 - 1)
     log_interval: int = _option(50, "steps between two lines of metrics", minimum=1)
@@ -176,6 +176,26 @@ class RunConfig(_Section):
     device: str = _option("auto", "where to train", choices=("auto", "cpu", "cuda"))
     compile: bool = _option(False, "run the model through torch.compile")
     tensorboard: bool = _option(False, "write TensorBoard events too (needs tensorboard)")
+    recompute: str = _option(
+        "none",
+        "layers whose activations are computed again in the backward pass",
+        choices=("none", "alternate", "all"),
+    )
+
+
+@dataclass(frozen=True)
+class ParallelConfig(_Section):
+    """How several processes share a run; without a launcher these keys do nothing."""
+
+    SECTION = "parallel"
+    mode: str = _option(
+        "ddp", "what each process holds: all, sharded optimizer, sharded all",
+        choices=("ddp", "zero1", "fsdp2"),
+    )  # fmt: skip
+    backend: str = _option(
+        "auto", "how processes talk; auto: NCCL on CUDA", choices=("auto", "gloo", "nccl")
+    )
+    timeout: int = _option(600, "seconds to wait for another process", minimum=1)
 
 
 @dataclass(frozen=True)
@@ -188,6 +208,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     data: DataConfig = field(default_factory=DataConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
         if self.run.tokens_per_batch < self.model.sequence_length:
@@ -198,7 +219,8 @@ class Config:
 
 
 SECTIONS: dict[str, type[_Section]] = {
-    cls.SECTION: cls for cls in (ModelConfig, ObjectiveConfig, OptimConfig, DataConfig, RunConfig)
+    cls.SECTION: cls
+    for cls in (ModelConfig, ObjectiveConfig, OptimConfig, DataConfig, RunConfig, ParallelConfig)
 }
 FIELDS = {
     f"{section}.{spec.name}": spec

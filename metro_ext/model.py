@@ -207,7 +207,7 @@ class PretrainingModel(nn.Module):
     Args:
         config: ``vocab_size`` must be set.
         objective: ``metro``, ``electra``, ``clm-all`` or ``mlm``.
-        seed: of the initialisation.
+        seed: of the initialisation; on the meta device there is none.
     """
 
     def __init__(self, config: ModelConfig, objective: str, seed: int):
@@ -226,34 +226,37 @@ class PretrainingModel(nn.Module):
             self.rtd_head = ReplacedTokenHead(config)
         if objective != "electra":
             self.main_head = LanguageModelHead(config)
-        initialise(self, seed)
+        if not self.main.relative_bias.is_meta:
+            initialise(self, seed)
 
 
 @torch.no_grad()
 def initialise(model: PretrainingModel, seed: int) -> None:
-    """Normal(0, init_std) matrices, zero biases, the relative bias as configured.
-
-    Every parameter is drawn from a generator of its own, keyed by (seed, its name), so that the
-    networks that two objectives share start alike.
-    """
-    config = model.config
+    """Gives every parameter its `start_value`."""
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 1:
-            # nn.Linear draws its bias from the global generator; norm weights stay at one.
-            if name.endswith("bias"):
-                parameter.zero_()
-            continue
-        generator = torch.Generator().manual_seed(_name_seed(seed, name))
-        if name.endswith("relative_bias"):
-            parameter.copy_(relative_bias_start(config))
-            continue
-        std = config.init_std
-        if config.depth_scaled_init and name.endswith(("attention_out.weight", "ffn_out.weight")):
-            depth = config.aux_layers if name.startswith("auxiliary") else config.layers
-            std /= math.sqrt(2 * depth)
-        parameter.normal_(0.0, std, generator=generator)
-        if name.endswith(("embeddings.token", "embeddings.position")):
-            parameter[PAD_ID] = 0
+        parameter.copy_(start_value(model.config, name, parameter.shape, seed))
+
+
+def start_value(config: ModelConfig, name: str, shape: torch.Size, seed: int) -> Tensor:
+    """Where training starts: float32 of `shape`, on the CPU, for the parameter of that name.
+
+    Normal(0, init_std) matrices, zero biases, the relative bias as configured. Every parameter is
+    drawn from a generator of its own, keyed by (seed, its name), so that the networks that two
+    objectives share start alike, and so do the shards of a model that is never whole.
+    """
+    if len(shape) == 1:
+        return torch.ones(shape) if name.endswith("norm.weight") else torch.zeros(shape)
+    if name.endswith("relative_bias"):
+        return relative_bias_start(config)
+    std = config.init_std
+    if config.depth_scaled_init and name.endswith(("attention_out.weight", "ffn_out.weight")):
+        depth = config.aux_layers if name.startswith("auxiliary") else config.layers
+        std /= math.sqrt(2 * depth)
+    generator = torch.Generator().manual_seed(_name_seed(seed, name))
+    value = torch.empty(shape).normal_(0.0, std, generator=generator)
+    if name.endswith(("embeddings.token", "embeddings.position")):
+        value[PAD_ID] = 0
+    return value
 
 
 def _name_seed(seed: int, name: str) -> int:

@@ -170,6 +170,31 @@ class Monitor:
                     self._board.add_scalar(f"{group}/{key}", value, step)
 
 
+class Silent:
+    """A Monitor that records nothing: that of the ranks other than the first."""
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        pass
+
+    def log_evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
+        pass
+
+    def tick(self, step: int) -> None:
+        pass
+
+    def untimed(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()
+
+    def sync(self) -> None:
+        pass
+
+    def __enter__(self) -> Silent:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
 def read_records(path: str | Path) -> list[dict[str, Any]]:
     """The records of a .jsonl file, without a torn last line; none where there is no file.
 

@@ -22,10 +22,9 @@ _CASED_128K = {"vocab_size": 128_000, "cased": True}
 def _published(
     shape: dict[str, Any], data: dict[str, Any], lr: float, steps: int, clip_norm: float
 ) -> Settings:
-    """A size of the paper with its pretraining settings, for one rank.
+    """A size of the paper with its pretraining settings.
 
-    32 micro-batches of 64 sequences make the batch of 2048; on N ranks, divide
-    `run.accumulation` by N.
+    32 micro-batches of 64 sequences make the batch of 2048, on any number of ranks that divides 32.
     """
     return {
         "model": {"sequence_length": 512, "relative_bias_init": "zero", **shape},

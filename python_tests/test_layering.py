@@ -11,14 +11,15 @@ PACKAGE = Path(metro_ext.__file__).parent
 LAYERS = [
     {"errors", "atomic", "sample_text"},
     {"command_line", "ops", "config_schema", "text_files", "monitor", "hardware"},
-    {"tokenizer", "presets", "checkpoint", "info"},
-    {"corpus_format", "config", "model", "plot"},
+    {"tokenizer", "presets", "checkpoint", "info", "distributed"},
+    {"corpus_format", "config", "model", "plot", "tokenizer_json"},
     {"corpus_build"},
     {"corpus"},
     {"batches", "prepare"},
-    {"objective", "optim"},
-    {"held_out", "pretrained"},
-    {"train", "inspect"},
+    {"objective", "optim", "mpnet"},
+    {"held_out", "pretrained", "parallel"},
+    {"trainer", "inspect", "export", "hf", "finetune", "evaluate"},
+    {"import_mpnet", "train"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

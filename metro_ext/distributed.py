@@ -1,0 +1,167 @@
+"""The processes of a run: how they meet, agree on errors and add up figures.
+
+``torchrun`` (or a scheduler) starts N processes with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR
+and MASTER_PORT in their environment. Without these a run is one process and nothing here costs
+anything.
+"""
+
+import os
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from metro_ext.command_line import USER_ERROR
+from metro_ext.errors import UserError
+
+T = TypeVar("T")
+
+_GRACE_SECONDS = 5  # for torch's own timeout to speak first
+_MESSAGE_BYTES = 2000  # of an error that is passed between ranks; longer ones are cut
+
+
+class AgreedError(UserError):
+    """A UserError that every rank raises alike, so that rank 0 alone need print it."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all of the run.
+
+    rank, size: of this process, and how many there are.
+    local_rank: among the processes of this machine; the number of its GPU.
+    distributed: whether a process group exists (also true for one process under torchrun).
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    distributed: bool = False
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all ranks of a tensor on the CPU: one collective."""
+        if self.distributed:
+            dist.all_reduce(values)
+        return values
+
+    def together(self, action: Callable[[], T]) -> T:
+        """Runs `action` on every rank; a user's mistake on any rank is raised on all of them.
+
+        Raises:
+            AgreedError: the mistake of the lowest rank that met one.
+        """
+        if not self.distributed:
+            return action()
+        result, message = None, ""
+        try:
+            result = action()
+        except UserError as error:
+            message = str(error)
+        except OSError as error:
+            message = f"{error.filename or 'the system'}: {error.strerror or error}"
+        self._agree(message)
+        return result
+
+    def in_turn(self, action: Callable[[], T]) -> T:
+        """As `together`, but rank 0 is done before the others begin: it makes files they read."""
+        first = self.together(lambda: action() if self.is_first else None)
+        rest = self.together(lambda: None if self.is_first else action())
+        return first if self.is_first else rest
+
+    def _agree(self, message: str) -> None:
+        own = torch.zeros(_MESSAGE_BYTES, dtype=torch.uint8)
+        content = message.encode()[:_MESSAGE_BYTES]
+        own[: len(content)] = torch.tensor(list(content), dtype=torch.uint8)
+        everyone = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(everyone, own)
+        for rank, one in enumerate(everyone):
+            if one[0] != 0:
+                text = bytes(one.tolist()).rstrip(b"\0").decode(errors="replace")
+                raise AgreedError(text if rank == 0 else f"rank {rank}: {text}")
+
+
+def launched() -> bool:
+    """Whether a launcher started this process as one of a group."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def launched_rank() -> int:
+    """RANK of this process; 0 without a launcher, and where it is not a number."""
+    rank = os.environ.get("RANK", "0")
+    return int(rank) if rank.isdecimal() else 0
+
+
+def connect(backend: str, timeout: int) -> World:
+    """Joins the other processes that a launcher started; one process without a launcher.
+
+    Args:
+        backend: ``gloo``, ``nccl``, or ``auto``: NCCL for tensors on CUDA where there is a device.
+            Small tensors on the CPU go through gloo in any case.
+        timeout: seconds after which a process that waits for the others gives up.
+
+    Raises:
+        UserError: the launcher's variables are incomplete, NCCL is missing, or the processes do
+            not find each other.
+    """
+    if not launched():
+        return World()
+    numbers = {}
+    for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
+        text = os.environ.get(key, "0" if key == "LOCAL_RANK" else "")
+        if not text.isdecimal():
+            raise UserError(f"{key} must be a number in the environment, found {text!r}; torchrun "
+                            "sets it")  # fmt: skip
+        numbers[key] = int(text)
+    cuda = torch.cuda.is_available()
+    if backend == "nccl" and not (cuda and dist.is_nccl_available()):
+        raise UserError(
+            "parallel.backend is nccl, but this torch has no NCCL or no CUDA device; use "
+            "--parallel.backend=gloo, or install a CUDA build of torch"
+        )
+    if cuda and backend == "auto" and not dist.is_nccl_available():
+        raise UserError(
+            "this torch has CUDA but no NCCL; use --parallel.backend=gloo, or one process"
+        )
+    with_nccl = cuda and backend != "gloo"
+    if cuda:
+        torch.cuda.set_device(numbers["LOCAL_RANK"] % torch.cuda.device_count())
+    # A client that reaches a port of another service waits there for ever, inside the C++ code.
+    watchdog = threading.Timer(timeout + _GRACE_SECONDS, _give_up, [numbers["RANK"], timeout])
+    watchdog.daemon = True
+    watchdog.start()
+    try:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if with_nccl else "gloo", timeout=timedelta(seconds=timeout)
+        )
+    except (RuntimeError, ValueError) as error:
+        address = f"{os.environ.get('MASTER_ADDR', '')}:{numbers['MASTER_PORT']}"
+        reason = str(error).strip().splitlines()[0]
+        hint = " (is the port in use?)" if "EADDRINUSE" in str(error) else ""
+        raise UserError(
+            f"the {numbers['WORLD_SIZE']} processes did not meet at {address}{hint}: {reason}"
+        ) from None
+    finally:
+        watchdog.cancel()
+    return World(numbers["RANK"], numbers["WORLD_SIZE"], numbers["LOCAL_RANK"], True)
+
+
+def _give_up(rank: int, timeout: int) -> None:
+    if rank == 0:
+        print(f"error: no other process came within {timeout} s", file=sys.stderr, flush=True)
+    os._exit(USER_ERROR)
+
+
+def disconnect() -> None:
+    """Leaves the process group, if there is one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()

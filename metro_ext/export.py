@@ -1,0 +1,91 @@
+"""A trained run as a checkpoint of Hugging Face's MPNet: ``python -m metro_ext.export RUN OUT``.
+
+``AutoModel``, ``AutoTokenizer`` and ``pipeline("feature-extraction")`` load it with no code of
+ours. ``--network auxiliary`` writes the generator with its head, for ``pipeline("fill-mask")``;
+``--training-state`` adds what MPNet has no place for (the other networks, heads, the optimizer), so
+that ``python -m metro_ext.import_mpnet`` can go on as if the run had never left.
+"""
+
+import argparse
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from metro_ext import mpnet
+from metro_ext.atomic import atomic_write
+from metro_ext.checkpoint import latest_valid
+from metro_ext.command_line import run
+from metro_ext.errors import UserError
+from metro_ext.pretrained import Pretrained, load
+
+CHECKPOINTS, TRAINING_STATE = "checkpoints", "training-state"
+CLASSES = {"mpnet": "MPNet", "metro": "MetroMPNet"}
+
+
+def export_main(pretrained: Pretrained, out: Path, classes: str = "mpnet") -> None:
+    """The main encoder as ``MPNetModel``; classes: "mpnet", or "metro" for `metro_ext.hf`'s."""
+    config = pretrained.config.model
+    document = mpnet.mpnet_config(config, config.layers, f"{CLASSES[classes]}Model")
+    tensors = mpnet.encoder_tensors(pretrained.main) | mpnet.pooler_tensors(config.hidden)
+    mpnet.write_checkpoint(out, tensors, document, pretrained.tokenizer)
+
+
+def export_masked_lm(pretrained: Pretrained, out: Path, classes: str = "mpnet") -> None:
+    """The network that was trained to fill masks, as ``MPNetForMaskedLM``.
+
+    That is the auxiliary one, or the main one of an ``mlm`` run.
+    """
+    model, config = pretrained.model, pretrained.config.model
+    encoder = model.main if model.auxiliary is None else model.auxiliary
+    head = model.main_head if model.auxiliary is None else model.auxiliary_head
+    document = mpnet.mpnet_config(config, len(encoder.layers), f"{CLASSES[classes]}ForMaskedLM")
+    tensors = {f"mpnet.{name}": value for name, value in mpnet.encoder_tensors(encoder).items()}
+    tensors |= mpnet.language_model_tensors(head)
+    mpnet.write_checkpoint(out, tensors, document, pretrained.tokenizer)
+
+
+def copy_training_state(run_folder: Path, out: Path) -> None:
+    """The run's newest whole checkpoint, byte for byte, into a folder beside the weights."""
+    step = latest_valid(run_folder / CHECKPOINTS).step
+    if step is None:
+        raise UserError(f"{run_folder / CHECKPOINTS}: expected a whole checkpoint, found none")
+    target = out / TRAINING_STATE / f"step-{step:08d}"
+    shutil.copytree(run_folder / CHECKPOINTS / target.name, target, dirs_exist_ok=True)
+
+
+def write_model_card(pretrained: Pretrained, out: Path, network: str) -> None:
+    """``metro.json``: where the weights come from."""
+    config = pretrained.config
+    origin = {"network": network, "objective": config.objective.name, "step": pretrained.step,
+              "preset": config.preset, "tokenizer_sha256": pretrained.tokenizer.sha256}  # fmt: skip
+    with atomic_write(out / "metro.json", "w") as file:
+        file.write(json.dumps(origin, indent=1) + "\n")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m metro_ext.export",
+        description="Write a run as a checkpoint that Hugging Face transformers loads.",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a pretraining run")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
+    parser.add_argument("--network", choices=("main", "auxiliary"), default="main")
+    classes = "metro: the classes of metro_ext.hf, for other bucket settings"
+    parser.add_argument("--classes", choices=CLASSES, default="mpnet", help=classes)
+    state = "add all that metro_ext.import_mpnet needs to go on"
+    parser.add_argument("--training-state", action="store_true", help=state)
+    options = parser.parse_args(argv)
+    if (options.out / mpnet.CONFIG).exists():
+        raise UserError(f"{options.out}: it holds a model already: remove it or name another")
+    pretrained = load(options.run)
+    write = export_main if options.network == "main" else export_masked_lm
+    write(pretrained, options.out, options.classes)
+    write_model_card(pretrained, options.out, options.network)
+    if options.training_state:
+        copy_training_state(options.run, options.out)
+    print(f"{options.out}: {options.network} network of {options.run}, step {pretrained.step}")
+
+
+if __name__ == "__main__":
+    run(main)

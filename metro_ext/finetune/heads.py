@@ -1,0 +1,116 @@
+"""A pretrained encoder with the classification head of MPNet and RoBERTa."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metro_ext import mpnet
+from metro_ext.errors import UserError
+from metro_ext.finetune.examples import Example
+from metro_ext.model import Encoder, Packing
+from metro_ext.pretrained import EncodedTexts, Pretrained
+from metro_ext.tokenizer import Tokenizer
+
+
+class Classifier(nn.Module):
+    """out(dropout(tanh(dense(dropout(state of <s>))))): one output for regression.
+
+    Args:
+        pretrained: its main encoder is copied, so that several seeds start alike.
+        labels: outputs, at least 1.
+        seed: of the head's initialisation, normal(0, init_std).
+    """
+
+    def __init__(self, pretrained: Pretrained, labels: int, seed: int):
+        super().__init__()
+        config = pretrained.config.model
+        self.encoder = Encoder(config, config.layers, config.dropout, 0, None)
+        self.encoder.load_state_dict(pretrained.main.state_dict())
+        self.dense = nn.Linear(config.hidden, config.hidden)
+        self.out = nn.Linear(config.hidden, labels)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for layer in (self.dense, self.out):
+                layer.weight.normal_(0.0, config.init_std, generator=generator)
+                layer.bias.zero_()
+
+    def forward(
+        self, tokens: Tensor, packing: Packing, dtype: torch.dtype, generator: torch.Generator
+    ) -> Tensor:
+        """Logits float32 [S, labels] of packed sequences; ``generator``: of the head's dropout."""
+        hidden = self.encoder(tokens, packing, self.encoder.table(dtype))
+        first = hidden[packing.cu_seqlens[:-1].long()].float()
+        inner = torch.tanh(self.dense(self._drop(first, generator)))
+        return self.out(self._drop(inner, generator))
+
+    def _drop(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        p = self.encoder.config.dropout
+        if not self.training or p == 0:
+            return x
+        kept = torch.rand(x.shape, generator=generator).to(x.device) >= p
+        return x * kept / (1 - p)
+
+
+def export_classifier(
+    model: Classifier, tokenizer: Tokenizer, labels: tuple[str, ...], out: Path
+) -> None:
+    """As ``MPNetForSequenceClassification`` (metro_ext.hf's class for other bucket settings)."""
+    config = model.encoder.config
+    prefix = "MPNet" if mpnet.is_stock(config) else "MetroMPNet"
+    names = labels or ("score",)
+    document = mpnet.mpnet_config(
+        config,
+        config.layers,
+        f"{prefix}ForSequenceClassification",
+        id2label=dict(enumerate(names)),
+        label2id={name: index for index, name in enumerate(names)},
+        problem_type="single_label_classification" if labels else "regression",
+    )
+    tensors = {f"mpnet.{k}": v for k, v in mpnet.encoder_tensors(model.encoder).items()}
+    for ours, theirs in (("dense", "dense"), ("out", "out_proj")):
+        for kind in ("weight", "bias"):
+            tensors[f"classifier.{theirs}.{kind}"] = getattr(getattr(model, ours), kind)
+    mpnet.write_checkpoint(out, tensors, document, tokenizer)
+
+
+def encode(tokenizer: Tokenizer, examples: list[Example], limit: int) -> list[list[int]]:
+    """<s> text </s> or <s> text </s></s> pair </s>; the longer of the two is cut to fit."""
+    encoded = []
+    for example in examples:
+        one = tokenizer.encode(example.text)
+        if example.pair is None:
+            encoded.append([tokenizer.bos_id, *one[: limit - 2], tokenizer.eos_id])
+            continue
+        two = tokenizer.encode(example.pair)
+        room = max(0, limit - 4)
+        shorter = min(len(one), len(two), room // 2)
+        if len(one) <= len(two):
+            one, two = one[: max(shorter, room - len(two))], two
+            two = two[: room - len(one)]
+        else:
+            two = two[: max(shorter, room - len(one))]
+            one = one[: room - len(two)]
+        end = tokenizer.eos_id
+        encoded.append([tokenizer.bos_id, *one, end, end, *two, end])
+    return encoded
+
+
+def packed(rows: list[list[int]], limit: int, seed: int) -> tuple[Tensor, Packing]:
+    """Rows one after another, without padding; ``seed`` is that of the encoder's dropout."""
+    whole = EncodedTexts.pack(rows, limit)
+    return whole.tokens, dataclasses.replace(whole.packing, seed=torch.tensor(seed))
+
+
+def loss_of(logits: Tensor, labels: list) -> Tensor:
+    """Cross-entropy, or the squared error where there is one output."""
+    if logits.shape[1] == 1:
+        loss = F.mse_loss(logits[:, 0], torch.tensor(labels, dtype=torch.float32))
+    else:
+        loss = F.cross_entropy(logits, torch.tensor(labels))
+    if not math.isfinite(loss.item()):
+        raise UserError(f"expected a finite loss, found {loss.item()}; try a lower --lr")
+    return loss

@@ -1,0 +1,67 @@
+"""Files that the GLUE and SuperGLUE servers take."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from metro_ext.atomic import atomic_write
+from metro_ext.finetune.examples import Example
+from metro_ext.finetune.tasks import Task, choices
+
+# GLUE's names; the diagnostic set is not one of the tasks.
+GLUE_NAMES = {
+    "cola": "CoLA", "sst-2": "SST-2", "mrpc": "MRPC", "sts-b": "STS-B", "qqp": "QQP",
+    "qnli": "QNLI", "rte": "RTE", "wnli": "WNLI",
+}  # fmt: skip
+MNLI_NAMES = {"test_matched.tsv": "MNLI-m", "test_mismatched.tsv": "MNLI-mm"}
+
+
+def write_submission(
+    task: Task, examples: list[Example], out: np.ndarray, source: str, folder: Path
+) -> Path:
+    """GLUE: ``index<TAB>prediction`` with a header; SuperGLUE: a JSON object a line."""
+    if task.train.endswith(".jsonl"):
+        path = folder / f"{task.folder}.jsonl"
+        text = "".join(json.dumps(record) + "\n" for record in _records(task, examples, out))
+    else:
+        path = folder / f"{MNLI_NAMES.get(source) or GLUE_NAMES[task.name]}.tsv"
+        rows = [f"{example.index}\t{_prediction(task, o)}" for example, o in _pairs(examples, out)]
+        text = "\n".join(["index\tprediction", *rows]) + "\n"
+    with atomic_write(path, "w") as file:
+        file.write(text)
+    return path
+
+
+def _pairs(examples: list[Example], out: np.ndarray):
+    return zip(examples, out, strict=True)
+
+
+def _prediction(task: Task, out: np.ndarray) -> str:
+    if not task.labels:
+        return f"{min(5.0, max(0.0, float(out[0]))):.3f}"  # STS-B's scale
+    return task.labels[int(out.argmax())]
+
+
+def _records(task: Task, examples: list[Example], out: np.ndarray) -> list[dict]:
+    if task.name == "copa":
+        best = choices(examples, out)
+        return [{"idx": group, "label": examples[place].index} for group, place in best.items()]
+    if task.name == "multirc":
+        return _multirc_records(examples, out)
+    return [{"idx": e.index, "label": _prediction(task, o)} for e, o in _pairs(examples, out)]
+
+
+def _multirc_records(examples: list[Example], out: np.ndarray) -> list[dict]:
+    passages: dict[int, dict] = {}
+    for example, o in _pairs(examples, out):
+        passage, question = example.group
+        answers = passages.setdefault(passage, {}).setdefault(question, [])
+        answers.append({"idx": example.index, "label": int(o.argmax())})
+    return [
+        {
+            "idx": passage,
+            "passage": {"questions": [{"idx": q, "answers": a} for q, a in questions.items()]},
+        }
+        for passage, questions in passages.items()
+    ]

@@ -1,0 +1,249 @@
+"""``tokenizer.json`` for the generic fast tokenizer of Hugging Face, from a sentencepiece model.
+
+The ids are sentencepiece's. Three things need care:
+
+- sentencepiece replaces the longest match of its character map; the fast tokenizer's
+  ``Precompiled`` step replaces the shortest match of a whole grapheme. So canonical composition is
+  done first (NFC), then a separator (U+0001, which the map deletes) goes between characters, so
+  that each is a grapheme of its own.
+- A piece that can be merged from several pairs has one score in sentencepiece and the leftmost
+  pair wins; here each pair has a rank, so the pairs of one piece are ordered to the same end.
+- Deleted characters at the start of a text stay in the output of ``Precompiled``: they are removed
+  after it.
+
+What differs is text that no keyboard makes: combining marks in an order that NFC changes, or after
+a compatibility character ("ﬁ" and a diaeresis), and Hangul spelt in compatibility jamo. Special
+symbols in a text ("<s>", "[MASK]") mean themselves here, as everywhere in that library; with
+``split_special_tokens=True`` they are text, as they are in `Tokenizer.encode`.
+"""
+
+import base64
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import sentencepiece
+
+from metro_ext.atomic import atomic_write
+from metro_ext.errors import UserError
+from metro_ext.tokenizer import (
+    BOS_PIECE,
+    EOS_PIECE,
+    MASK_PIECE,
+    PAD_PIECE,
+    SPACE_PIECE,
+    UNK_PIECE,
+    Tokenizer,
+)
+
+SEPARATOR = "\x01"
+# Before and after every character beyond ASCII, and between the two that Unicode joins in ASCII.
+_BETWEEN = r"(?<=[^\x00-\x7F])(?=[\s\S])|(?=[^\x00-\x7F])|(?<=\r)(?=\n)"
+_NORMALIZER_SPEC, _CHARACTER_MAP = 3, 2  # field numbers in sentencepiece_model.proto
+
+
+def tokenizer_document(tokenizer: Tokenizer) -> dict:
+    """The content of ``tokenizer.json``.
+
+    Raises:
+        UserError: the model was not trained by `metro_ext.tokenizer`.
+    """
+    processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
+    size = processor.vocab_size()
+    vocabulary = {processor.id_to_piece(i): i for i in range(size)}
+    if len(vocabulary) != size:
+        raise UserError("the tokenizer has two ids for one piece: train it with metro_ext")
+    character_map = _fields_of(_fields_of(tokenizer.model)[_NORMALIZER_SPEC])[_CHARACTER_MAP]
+    special = (BOS_PIECE, PAD_PIECE, EOS_PIECE, UNK_PIECE, MASK_PIECE)
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": vocabulary[piece], "content": piece, "single_word": False, "lstrip": False,
+             "rstrip": False, "normalized": False, "special": True}
+            for piece in sorted(special, key=vocabulary.get)
+        ],
+        "normalizer": _normalizer(character_map),
+        "pre_tokenizer": None,
+        "post_processor": _post_processor(vocabulary),
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": SPACE_PIECE}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+            ],
+        },
+        "model": {
+            "type": "BPE", "dropout": None, "unk_token": UNK_PIECE,
+            "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": False,
+            "byte_fallback": True, "ignore_merges": False, "vocab": vocabulary,
+            "merges": list(_merges(processor)),
+        },
+    }  # fmt: skip
+
+
+def write_tokenizer_files(tokenizer: Tokenizer, folder: Path, length: int) -> None:
+    """``tokenizer.json``, ``tokenizer_config.json`` and the sentencepiece model itself.
+
+    ``length``: the longest sequence, in tokens, that the model takes.
+    """
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": length,
+        "bos_token": BOS_PIECE,
+        "cls_token": BOS_PIECE,
+        "eos_token": EOS_PIECE,
+        "sep_token": EOS_PIECE,
+        "pad_token": PAD_PIECE,
+        "unk_token": UNK_PIECE,
+        "mask_token": MASK_PIECE,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "clean_up_tokenization_spaces": False,
+    }
+    documents = {
+        "tokenizer.json": tokenizer_document(tokenizer),
+        "tokenizer_config.json": config,
+    }
+    for name, document in documents.items():
+        with atomic_write(folder / name, "w") as file:
+            file.write(json.dumps(document, ensure_ascii=False, indent=1) + "\n")
+    tokenizer.save(folder / "tokenizer.model")
+
+
+def _normalizer(character_map: bytes) -> dict:
+    deleted = [key for key, value in character_map_entries(character_map) if not value]
+    deleted_class = "".join(f"\\x{{{ord(key):04X}}}" for key in deleted if len(key) == 1)
+
+    def replace(regex: str, content: str) -> dict:
+        return {"type": "Replace", "pattern": {"Regex": regex}, "content": content}
+
+    return {
+        "type": "Sequence",
+        "normalizers": [
+            {"type": "NFC"},
+            replace(_BETWEEN, SEPARATOR),
+            {
+                "type": "Precompiled",
+                "precompiled_charsmap": base64.b64encode(character_map).decode(),
+            },
+            replace(f"[{deleted_class}]", ""),
+            replace("^ +", ""),
+            replace(" +", SPACE_PIECE),
+            replace(f"{SPACE_PIECE}+$", ""),
+            {"type": "Prepend", "prepend": SPACE_PIECE},
+        ],
+    }
+
+
+def _post_processor(vocabulary: dict[str, int]) -> dict:
+    """<s> A </s> and <s> A </s></s> B </s>, as MPNet and RoBERTa have it."""
+
+    def piece(name: str) -> dict:
+        return {"SpecialToken": {"id": name, "type_id": 0}}
+
+    def sequence(name: str) -> dict:
+        return {"Sequence": {"id": name, "type_id": 0}}
+
+    single = [piece(BOS_PIECE), sequence("A"), piece(EOS_PIECE)]
+    return {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": [*single, piece(EOS_PIECE), sequence("B"), piece(EOS_PIECE)],
+        "special_tokens": {
+            name: {"id": name, "ids": [vocabulary[name]], "tokens": [name]}
+            for name in (BOS_PIECE, EOS_PIECE)
+        },
+    }
+
+
+def _merges(processor: sentencepiece.SentencePieceProcessor) -> Iterator[list[str]]:
+    """Pairs of pieces in the order in which sentencepiece would merge them."""
+    normal = [
+        processor.id_to_piece(i)
+        for i in range(processor.vocab_size())
+        if not (processor.is_control(i) or processor.is_byte(i) or processor.is_unknown(i))
+    ]
+    known = set(normal)
+    scores = {piece: processor.get_score(processor.piece_to_id(piece)) for piece in normal}
+    for piece in sorted(normal, key=scores.get, reverse=True):  # sorted() keeps ties in id order
+        splits = [k for k in range(1, len(piece)) if piece[:k] in known and piece[k:] in known]
+        yield from ([piece[:k], piece[k:]] for k in _leftmost_first(piece, splits))
+
+
+def _leftmost_first(piece: str, splits: list[int]) -> list[int]:
+    """The splits of a piece so ordered that the leftmost of two overlapping pairs comes first.
+
+    Pairs (l, m) and (m, r) of one piece overlap in m = piece[k:] = piece[:n - k]: split k, the left
+    one, must have the smaller rank. In runs of one character both orders are asked for; merging
+    from the left leaves the longer part there, so longer left parts go first.
+    """
+    length = len(piece)
+    ordered: list[int] = []
+    waiting = sorted(splits, reverse=True)
+    while waiting:
+        for k in waiting:
+            before = length - k  # the split that must precede k if its pair overlaps to the left
+            overlaps = before != k and before in waiting and piece[before:] == piece[:k]
+            if not overlaps or piece[k:] == piece[:before]:
+                break
+        ordered.append(k)
+        waiting.remove(k)
+    return ordered
+
+
+def character_map_entries(blob: bytes) -> Iterator[tuple[str, str]]:
+    """The (key, replacement) pairs of sentencepiece's compiled character map.
+
+    The blob is a darts-clone double array (its length in bytes first, little-endian) of the keys'
+    UTF-8, whose values are offsets into the zero-terminated replacements that follow.
+    """
+    (length,) = struct.unpack_from("<I", blob)
+    units = struct.unpack_from(f"<{length // 4}I", blob, 4)
+    texts = blob[4 + length :]
+
+    def offset(unit: int) -> int:
+        return (unit >> 10) << ((unit & 0x200) >> 6)
+
+    waiting = [(offset(units[0]), b"")]
+    while waiting:
+        base, key = waiting.pop()
+        for byte in range(1, 256):
+            if (place := base ^ byte) >= len(units) or units[place] & 0x800000FF != byte:
+                continue
+            unit, longer = units[place], key + bytes([byte])
+            if unit >> 8 & 1:  # a key ends here
+                start = units[place ^ offset(unit)] & 0x7FFFFFFF
+                yield longer.decode(), texts[start : texts.index(0, start)].decode()
+            waiting.append((place ^ offset(unit), longer))
+
+
+def _fields_of(message: bytes) -> dict[int, bytes]:
+    """The last length-delimited value of each field of a protobuf message."""
+    found, place = {}, 0
+
+    def varint() -> int:
+        nonlocal place
+        value = shift = 0
+        while True:
+            byte = message[place]
+            place += 1
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                return value
+
+    while place < len(message):
+        field, wire = divmod(varint(), 8)
+        if wire == 0:
+            varint()
+        elif wire == 2:
+            size = varint()
+            found[field] = message[place : place + size]
+            place += size
+        else:
+            place += {1: 8, 5: 4}[wire]
+    return found

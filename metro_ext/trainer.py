@@ -1,0 +1,269 @@
+"""The training loop of one rank: batches in, optimizer steps, records and checkpoints out.
+
+The micro-batches of a step are numbered over all ranks, and everything random about one follows its
+number. N ranks that share `run.accumulation` micro-batches therefore make the update of one process
+that takes them in turn, up to the rounding of a sum.
+"""
+
+import contextlib
+import itertools
+import math
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from metro_ext import checkpoint
+from metro_ext.batches import BatchSource, evaluation_batches, micro_batch_index, prefetch
+from metro_ext.config import differences, from_dict, to_dict
+from metro_ext.distributed import AgreedError, World
+from metro_ext.errors import UserError
+from metro_ext.held_out import evaluate, interval_figures, pack
+from metro_ext.model import PAD_ID
+from metro_ext.monitor import Monitor
+from metro_ext.objective import Objective, mask_count
+from metro_ext.ops import _C, METRICS
+from metro_ext.optim import AdamW, learning_rate
+from metro_ext.parallel import engine
+from metro_ext.prepare import Prepared, unigram_nats
+
+CHECKPOINTS = "checkpoints"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Keys that change what a run reports, how long it is or who computes it, not what a step computes.
+RESUMABLE_KEYS = {
+    "run.dir", "run.steps", "run.log_interval", "run.eval_interval", "run.eval_batches",
+    "run.checkpoint_interval", "run.keep_checkpoints", "run.tensorboard", "run.recompute",
+    "parallel.mode", "parallel.backend", "parallel.timeout",
+}  # fmt: skip
+
+
+class Trainer:
+    """One run: model, optimizer, data and records, from a configuration.
+
+    Args:
+        prepared: tokenizer, corpora, and the configuration with its vocabulary size filled in.
+        world: this rank among all.
+
+    Raises:
+        UserError: a device is missing, or the ranks cannot share the micro-batches of a step.
+    """
+
+    def __init__(self, prepared: Prepared, world: World):
+        self.config, self.prepared, self.world = prepared.config, prepared, world
+        run_config, model_config = self.config.run, self.config.model
+        self.folder = Path(run_config.dir)
+        self.device = choose_device(run_config.device, world.local_rank)
+        self.dtype = DTYPES[run_config.precision]
+        if run_config.accumulation % world.size:
+            raise UserError(
+                "run.accumulation, the micro-batches of a step, must be a multiple of the number "
+                f"of ranks, found {run_config.accumulation} for {world.size} ranks"
+            )
+        self.accumulation = run_config.accumulation // world.size  # of this rank
+        special = torch.tensor(prepared.tokenizer.special_ids, device=self.device)
+        objective = Objective(
+            self.config.objective, special, prepared.tokenizer.mask_id, self.dtype
+        )
+        self.engine = engine(self.config, objective, self.device, world)
+        self.model = self.engine.model
+        self.optimizer = AdamW(self.engine, self.config.optim)
+        self.source = BatchSource(
+            prepared.train,
+            run_config.tokens_per_batch,
+            model_config.sequence_length,
+            run_config.seed,
+        )
+        self.unigram_nats = unigram_nats(prepared.train)
+        self.step = 0
+        self.tokens = 0
+        # Of the interval that the next line reports; part of a checkpoint, so that a resumed run
+        # writes the same line.
+        self.interval_metrics = torch.zeros(len(METRICS), dtype=torch.float64)
+        self.interval_loss = 0.0
+        self.interval_steps = 0
+
+    def train(self, monitor: Monitor) -> None:
+        """Trains from the current step to the last."""
+        config, first = self.config.run, self.step
+        self.model.train()
+        indices = (
+            micro_batch_index(step, micro, self.world.rank, self.world.size, self.accumulation)
+            for step in range(first, config.steps)
+            for micro in range(self.accumulation)
+        )
+        depth = 2 * self.accumulation
+        with contextlib.closing(prefetch(self.source, indices, depth)) as batches:
+            upcoming = list(itertools.islice(batches, self.accumulation))
+            counts = self.world.sum(self._counts(upcoming))
+            for step in range(first + 1, config.steps + 1):
+                current, upcoming = upcoming, list(itertools.islice(batches, self.accumulation))
+                grad_norm, rate, counts = self._optimizer_step(step, current, counts, upcoming)
+                self.step = step
+                last = step == config.steps
+                if step % config.log_interval == 0 or last:
+                    self._log(monitor, grad_norm, rate)
+                monitor.tick(step)
+                if _due(step, config.eval_interval) or last:
+                    with monitor.untimed():
+                        monitor.log_evaluation(step, self.evaluate())
+                if _due(step, config.checkpoint_interval) or last:
+                    with monitor.untimed():
+                        monitor.sync()
+                        self.save()
+
+    def _optimizer_step(
+        self, step: int, batches: list, counts: Tensor, upcoming: list
+    ) -> tuple[float, float, Tensor]:
+        """One update; returns (gradient norm, learning rate, counts of the step that follows).
+
+        counts: float64 [3], see `_counts`, of this step over all ranks. Those of the next step
+            travel with this one's loss and metrics: one small collective a step.
+        """
+        rate = learning_rate(step, self.config.run.steps, self.config.optim)
+        denominators = None
+        if self.config.run.accumulation > 1:
+            denominators = counts.to(self.device, torch.float32)
+        self.optimizer.zero_grad()
+        sums = torch.zeros(1 + len(METRICS), dtype=torch.float64)  # loss, metrics
+        for micro, batch in enumerate(batches, 1):
+            tokens, packing = pack(batch, self.device)
+            with self.engine.accumulating(last=micro == len(batches)):
+                out = self.engine.run(self.model, tokens, packing, denominators)
+                out.loss.backward()
+            sums[0] += out.loss.detach().double().cpu()
+            sums[1:] += out.metrics.detach().double().cpu()
+        sums = self.world.sum(torch.cat([sums, self._counts(upcoming)]))
+        loss, metrics, counts = float(sums[0]), *sums[1:].split([len(METRICS), 3])
+        grad_norm = self.engine.clip(self.config.optim.clip_norm or math.inf)
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise AgreedError(
+                f"step {step}: expected a finite loss and gradient, found loss {loss} and "
+                f"gradient norm {grad_norm}; try a lower optim.lr or a longer warm-up (checkpoints "
+                f"up to step {step - 1} are in {self.folder / CHECKPOINTS})"
+            )
+        self.optimizer.step(rate)
+        self.tokens += self.config.run.tokens_per_batch * self.config.run.accumulation
+        self.interval_metrics += metrics
+        self.interval_loss += loss
+        self.interval_steps += 1
+        return grad_norm, rate, counts
+
+    def _counts(self, batches: list) -> Tensor:
+        """float64 [3]: the MLM, RTD and CLM terms in this rank's micro-batches of a step."""
+        special = torch.tensor(self.prepared.tokenizer.special_ids)
+        masked = tokens = 0
+        for batch in batches if self.config.run.accumulation > 1 else ():
+            maskable = int((~torch.isin(batch.tokens, special)).sum())
+            count = mask_count(batch.tokens.numel(), self.config.objective.mask_fraction)
+            masked += min(count, maskable)
+            tokens += int((batch.tokens != PAD_ID).sum())
+        clm = tokens if self.model.objective == "clm-all" else masked
+        return torch.tensor([masked, tokens, clm], dtype=torch.float64)
+
+    def _log(self, monitor: Monitor, grad_norm: float, rate: float) -> None:
+        figures = interval_figures(self.interval_metrics)
+        figures |= {
+            "loss": self.interval_loss / self.interval_steps,
+            "grad_norm": grad_norm,
+            "lr": rate,
+            "tokens": self.tokens,
+        }
+        monitor.log(self.step, figures)
+        self.interval_metrics.zero_()
+        self.interval_loss, self.interval_steps = 0.0, 0
+
+    def evaluate(self) -> dict[str, float | None]:
+        """Figures on the held-out corpus; every rank computes them all, so that none can differ."""
+        batches = evaluation_batches(
+            self.prepared.valid,
+            self.config.run.tokens_per_batch,
+            self.config.model.sequence_length,
+        )
+        limited = itertools.islice(batches, self.config.run.eval_batches)
+        return evaluate(self.model, self.engine.run, limited, self.device, self.unigram_nats)
+
+    def save(self) -> None:
+        """A checkpoint of the current step, written by rank 0; older ones than the last k go."""
+        tensors = {}
+        for key, name, part in self._parts():
+            whole = self.engine.whole(name, part)
+            if self.world.is_first:  # the others only take part in gathering
+                tensors[key] = whole.cpu() if self.world.distributed else whole
+        tensors["interval.metrics"] = self.interval_metrics
+        state = {
+            "config": to_dict(self.config),
+            "tokens": self.tokens,
+            "interval_loss": self.interval_loss,
+            "interval_steps": self.interval_steps,
+            "tokenizer_sha256": self.prepared.tokenizer.sha256,
+        }
+        self.world.together(lambda: self._write(tensors, state) if self.world.is_first else None)
+
+    def _parts(self) -> list[tuple[str, str, Tensor]]:
+        """(key in a checkpoint, parameter, this rank's part) of all that training changes."""
+        parameters = self.engine.named_parameters()
+        found = [(f"model.{name}", name, value.detach()) for name, value in parameters]
+        for key, value in self.optimizer.tensors().items():  # exp_avg.main.layers.0...
+            found.append((f"optimizer.{key}", key.split(".", 1)[1], value))
+        return found
+
+    def _write(self, tensors: dict[str, Tensor], state: dict) -> None:
+        folder = self.folder / CHECKPOINTS
+        checkpoint.save_checkpoint(folder, self.step, tensors, state)
+        checkpoint.prune(folder, self.config.run.keep_checkpoints)
+
+    def resume(self) -> bool:
+        """Loads the newest whole checkpoint, if there is any; every rank reads it.
+
+        Raises:
+            UserError: it belongs to another configuration, or none is whole.
+        """
+        folder = self.folder / CHECKPOINTS
+        if self.world.is_first:
+            checkpoint.clean_leftovers(folder)
+        if not checkpoint.checkpoint_steps(folder):
+            return False
+        found = checkpoint.load_checkpoint(folder)
+        for sentence in found.damaged if self.world.is_first else ():
+            print(f"warning: damaged checkpoint passed over: {sentence}", file=sys.stderr)
+        self._check_same_run(found.state)
+        with torch.no_grad():
+            for key, name, part in self._parts():
+                part.copy_(self.engine.part(name, found.tensors[key]))
+        self.interval_metrics = found.tensors["interval.metrics"]
+        self.interval_loss = found.state["interval_loss"]
+        self.interval_steps = found.state["interval_steps"]
+        self.step, self.tokens = found.step, found.state["tokens"]
+        return True
+
+    def _check_same_run(self, state: dict) -> None:
+        changed = [
+            key
+            for key in differences(from_dict(state["config"]), self.config)
+            if key not in RESUMABLE_KEYS
+        ]
+        if changed:
+            raise UserError(
+                f"{self.folder} holds a run with another configuration ({', '.join(changed)} "
+                "differ); give the same options to resume it, or another --run folder"
+            )
+        if state["tokenizer_sha256"] != self.prepared.tokenizer.sha256:
+            raise UserError(f"{self.folder} holds a run with another tokenizer")
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """``auto`` takes CUDA where torch has it and this build has kernels for it."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("run.device is cuda, but torch finds no CUDA device; use --run.device=cpu")
+    if name == "auto":
+        # Until every operator has its CUDA kernel, training runs where they all run.
+        has_kernels = "attention" in _C.build_info()["cuda_operators"]
+        name = "cuda" if torch.cuda.is_available() and has_kernels else "cpu"
+    if name == "cuda":
+        return torch.device("cuda", local_rank % torch.cuda.device_count())
+    return torch.device(name)
+
+
+def _due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0
