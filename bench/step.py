@@ -329,7 +329,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         work(options)
         return
     case, ceilings, threads = measure(options, argv)
-    emit("step", [case], ceilings=ceilings, threads=threads, output=options.output)
+    emit(
+        "step", [case], ceilings=ceilings, threads=threads, device=options.device,
+        output=options.output,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

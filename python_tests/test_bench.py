@@ -99,9 +99,10 @@ def test_last_line_is_the_record(capsys, tmp_path):
     emit("example", [example()], ceilings={"copy GB/s": 12.5}, threads=3, output=path)
     lines = capsys.readouterr().out.splitlines()
     record = json.loads(lines[-1])
-    assert set(record) == {"script", "date", "commit", "machine", "ceilings", "cases"}
+    assert set(record) == {"script", "date", "commit", "device", "machine", "ceilings", "cases"}
     assert set(record["machine"]) == MACHINE_KEYS
     assert record["machine"]["threads"] == 3
+    assert record["device"] == "cpu"
     assert record["date"].endswith("+00:00")
     assert record["ceilings"] == {"copy GB/s": 12.5}
     (case,) = record["cases"]
