@@ -174,17 +174,17 @@ def stages(capability: tuple[int, int], folder: Path, full: bool) -> list[Stage]
     module = [sys.executable, "-m", "bench.gpu_cases"]
     peers = [] if full else ["--contenders", "hf eager masters", "hf compiled masters"]
     step = [sys.executable, "bench/step.py", "--device=cuda", *STEP, *peers]
-    first, *others = [_ops_stage(family, full) for family in FAMILIES]
+    attention, *others = [_ops_stage(family, full) for family in FAMILIES]
     return [
         Stage("build", build_commands(capability), 240),
         Stage("equality", [[*module, "equality"]], 60, checks),
         Stage("repeats", [[*module, "repeats"]], 60, checks),
         _test_stage(folder),
-        first,
+        _sanitizer_stage("memcheck", 90),
+        attention,
         Stage("step", [step], 900 if full else 180, benchmark),
+        _sanitizer_stage("racecheck", 90),
         *others,
-        _sanitizer_stage("memcheck", 120),
-        _sanitizer_stage("racecheck", 120),
     ]
 
 
@@ -221,13 +221,17 @@ def run_stage(stage: Stage, seconds: float, folder: Path) -> Details:
         **details,
     }
     if status != PASSED:
-        result |= {"reason": reason, "output_tail": output[-TAIL:]}
+        result |= {"reason": reason, "output_tail": _plain(output[-TAIL:], folder)}
     return result
 
 
 def _plain(word: str, folder: Path) -> str:
-    """Without the paths of this machine."""
-    return word.replace(sys.executable, "python").replace(str(folder), "FOLDER")
+    """Without the paths of this machine: they are of no use to who reads the results."""
+    names = {sys.executable: "python", sys.prefix: "PREFIX", str(REPOSITORY): ".",
+             str(folder): "FOLDER"}  # fmt: skip
+    for path, name in names.items():
+        word = word.replace(path, name)
+    return word
 
 
 def _run_command(
@@ -310,7 +314,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--full", action="store_true", help="all dtypes and compiled peers")
     parser.add_argument("--output", metavar="FILE", help="default: by the name of the GPU")
     options = parser.parse_args(argv)
-    options.seconds = options.seconds or (7200.0 if options.full else 600.0)
+    if options.seconds is None:
+        options.seconds = 7200.0 if options.full else 600.0
+    if options.seconds <= 0:
+        raise UserError(f"--seconds must be positive, found {options.seconds:g}")
     return options
 
 
