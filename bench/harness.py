@@ -1,9 +1,9 @@
 """The one language of all benchmark scripts: cases, a table for people, a last line for programs.
 
 A script measures `Case`s and ends with `emit`, which prints a table and then, as the last line,
-one JSON object: ``script``, ``date`` (UTC), ``commit``, ``machine``, ``ceilings`` and ``cases``.
-All times are seconds, medians over interleaved rounds of one run; a ratio above 1 means that ours
-is the faster, and memory is in MB of 10^6 bytes.
+one JSON object: ``script``, ``date`` (UTC), ``commit``, ``device``, ``machine``, ``ceilings`` and
+``cases``. All times are seconds, medians over interleaved rounds of one run; a ratio above 1 means
+that ours is the faster, and memory is in MB of 10^6 bytes.
 """
 
 import json
@@ -102,6 +102,7 @@ def emit(
     *,
     ceilings: Mapping[str, float] | None = None,
     threads: int | None = None,
+    device: str = "cpu",
     output: str | os.PathLike | None = None,
 ) -> dict[str, Any]:
     """Prints the table and, as the last line, the record as one line of JSON; returns the record.
@@ -110,6 +111,7 @@ def emit(
         script: name of the script, as in ``bench/<script>.py``.
         ceilings: rates measured in this run, by a name that ends in the unit.
         threads: CPU threads of the contenders; None: torch's number in this process.
+        device: that the contenders ran on, "cpu" or "cuda".
         output: file to write the record to as well; a bare name lies in ``bench/results``.
     """
     cases = list(cases)
@@ -117,6 +119,7 @@ def emit(
         "script": script,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
+        "device": device,
         "machine": machine(threads),
         "ceilings": dict(ceilings or {}),
         "cases": [case.to_json() for case in cases],
@@ -196,11 +199,15 @@ def _rounded(value: Any) -> Any:
 
 
 def commit() -> str:
-    """The commit that is checked out, "+dirty" with uncommitted changes; "unknown" without git."""
+    """The commit that is checked out, "+dirty" with uncommitted changes; "unknown" without git.
+
+    New results do not count as changes: they are written by the script that asks.
+    """
     head = _git("rev-parse", "--short=12", "HEAD")
     if head is None:
         return "unknown"
-    return head + ("+dirty" if _git("status", "--porcelain") else "")
+    changes = _git("status", "--porcelain", "--", ".", ":!bench/results")
+    return head + ("+dirty" if changes else "")
 
 
 def _git(*arguments: str) -> str | None:

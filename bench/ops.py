@@ -312,7 +312,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         work(options)
         return
     cases, ceilings, threads = measure(options)
-    emit("ops", cases, ceilings=ceilings, threads=threads, output=options.output)
+    emit(
+        "ops", cases, ceilings=ceilings, threads=threads, device=options.device,
+        output=options.output,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from bench.workers import Worker, WorkerError, serve
 from metro_ext.command_line import run
 from metro_ext.config_schema import ModelConfig, ObjectiveConfig, OptimConfig
 from metro_ext.errors import UserError
-from metro_ext.hardware import keep_freed_memory
+from metro_ext.hardware import keep_freed_memory, peak_flops
 from metro_ext.model import FIRST_POSITION, Packing, PretrainingModel
 from metro_ext.objective import Objective, mask_count
 from metro_ext.optim import AdamW
@@ -300,6 +300,7 @@ def measure(options: argparse.Namespace, argv: Sequence[str]) -> tuple[Case, dic
         figures={
             "tokens_per_s": {name: options.tokens / median[name] for name in workers},
             "gflop": flops / 1e9,
+            **_utilisation(options, flops, {name: median[name] for name in workers}),
             "masked": mask_count(options.tokens, objective_config.mask_fraction),
             "first_step_seconds": first_seconds,
             "first_and_last_loss": losses,
@@ -311,6 +312,16 @@ def measure(options: argparse.Namespace, argv: Sequence[str]) -> tuple[Case, dic
     return case, {f"{name} GFLOP/s": rate / 1e9 for name, rate in rates.items()}, threads
 
 
+def _utilisation(
+    options: argparse.Namespace, flops: float, seconds: dict[str, float]
+) -> dict[str, dict[str, float]]:
+    """Model FLOPs utilisation by contender: useful FLOP/s over the data sheet's, on CUDA alone."""
+    if options.device != "cuda":
+        return {}
+    peak = peak_flops(torch.device("cuda"), DTYPES[options.precision])
+    return {"mfu": {name: flops / time / peak for name, time in seconds.items()}}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else list(argv)
     options = parse(argv)
@@ -318,7 +329,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         work(options)
         return
     case, ceilings, threads = measure(options, argv)
-    emit("step", [case], ceilings=ceilings, threads=threads, output=options.output)
+    emit(
+        "step", [case], ceilings=ceilings, threads=threads, device=options.device,
+        output=options.output,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -99,9 +99,10 @@ def test_last_line_is_the_record(capsys, tmp_path):
     emit("example", [example()], ceilings={"copy GB/s": 12.5}, threads=3, output=path)
     lines = capsys.readouterr().out.splitlines()
     record = json.loads(lines[-1])
-    assert set(record) == {"script", "date", "commit", "machine", "ceilings", "cases"}
+    assert set(record) == {"script", "date", "commit", "device", "machine", "ceilings", "cases"}
     assert set(record["machine"]) == MACHINE_KEYS
     assert record["machine"]["threads"] == 3
+    assert record["device"] == "cpu"
     assert record["date"].endswith("+00:00")
     assert record["ceilings"] == {"copy GB/s": 12.5}
     (case,) = record["cases"]
@@ -366,3 +367,25 @@ def copy_encoder(ours, theirs) -> None:
         other.intermediate.dense.load_state_dict(mine.ffn_in.state_dict())
         other.output.dense.load_state_dict(mine.ffn_out.state_dict())
         other.output.LayerNorm.load_state_dict(mine.ffn_norm.state_dict())
+
+
+def test_attention_on_cuda_meets_flex_attention_and_itself_without_bias():
+    plain, dropout = (c for c in all_cases("cuda", True) if c.family == "attention")
+    assert not plain.contenders["flex attention"].absent
+    assert dropout.contenders["flex attention"].absent == "has no dropout"
+    bench = ops.Bench(plain, plain.contenders["ours no bias"], "fp32", CPU)
+    assert bench.leaves_out_work
+    bench.prepare(ops.BOTH)
+    out, grad_qkv, grad_bias = bench.both()
+    assert grad_bias is None and grad_qkv.norm() > 0
+    (with_bias, *_) = ops.Bench(plain, plain.contenders["ours"], "fp32", CPU).forward()
+    assert out.shape == with_bias.shape and not torch.allclose(out, with_bias)
+
+
+def test_mfu_is_useful_work_over_the_data_sheet(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    options = step.parse(["--precision", "bf16"])
+    assert step._utilisation(options, 1e12, {"ours": 1.0}) == {}
+    options.device = "cuda"
+    figures = step._utilisation(options, 989e12, {"ours": 2.0, "hf": 4.0})
+    assert figures == {"mfu": {"ours": 0.5, "hf": 0.25}}

@@ -11,13 +11,17 @@ from bench.cases.common import Contender, OpCase, compiled, random, seeded
 from bench.timing import Work
 from metro_ext.ops import attention
 
-SHAPES = ((8, 512, 12, 64), (32, 128, 4, 64))
+# sequences, tokens in each, heads, head size
+SHAPES = {
+    "cpu": ((8, 512, 12, 64), (32, 128, 4, 64)),
+    "cuda": ((64, 512, 12, 64), (256, 128, 12, 64)),
+}
 SMALL_SHAPES = ((2, 32, 2, 32),)
 DROPOUT = 0.1
 
 
 def cases(device: str, small: bool) -> list[OpCase]:
-    shapes = SMALL_SHAPES if small else SHAPES
+    shapes = SMALL_SHAPES if small else SHAPES[device]
     return [_case(device, shape, p) for shape in shapes for p in (0.0, DROPOUT)]
 
 
@@ -50,6 +54,8 @@ def _case(device: str, shape: tuple[int, int, int, int], p: float) -> OpCase:
             as_activations=True,
         ),
     }
+    if device == "cuda":  # what the bias costs
+        contenders["ours no bias"] = Contender(lambda: _without_bias(length, p), lesser="the bias")
     dropout = f" dropout {p}" if p else ""
     return OpCase(
         family="attention",
@@ -62,6 +68,15 @@ def _case(device: str, shape: tuple[int, int, int, int], p: float) -> OpCase:
         forward=lambda itemsize: Work(4 * element * itemsize, matrix),
         both=lambda itemsize: Work(12 * element * itemsize, 3 * matrix),
     )
+
+
+def _without_bias(length: int, p: float):
+    def function(
+        qkv: Tensor, cu_seqlens: Tensor, seed: Tensor | None = None, **_: Tensor
+    ) -> Tensor:
+        return attention(qkv, cu_seqlens, None, length, seed=seed, p=p)
+
+    return function
 
 
 def _heads_first(qkv: Tensor, count: int, length: int) -> tuple[Tensor, Tensor, Tensor]:

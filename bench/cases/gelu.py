@@ -8,11 +8,11 @@ from bench.cases.common import Contender, OpCase, random, seeded, torch_peers
 from bench.timing import Work
 from metro_ext.ops import bias_gelu
 
-SHAPE, SMALL_SHAPE = (4096, 3072), (64, 48)
+SHAPE, SMALL_SHAPE = {"cpu": (4096, 3072), "cuda": (32768, 3072)}, (64, 48)
 
 
 def cases(device: str, small: bool) -> list[OpCase]:
-    rows, width = SMALL_SHAPE if small else SHAPE
+    rows, width = SMALL_SHAPE if small else SHAPE[device]
 
     def inputs(dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         generator = seeded()

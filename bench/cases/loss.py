@@ -8,14 +8,14 @@ from bench.timing import Work
 from metro_ext.objective import IGNORED, mask_count
 from metro_ext.ops import pretrain_loss
 
-TOKENS, SMALL_TOKENS = 4096, 64
+TOKENS, SMALL_TOKENS = {"cpu": 4096, "cuda": 32768}, 64
 WEIGHTS = (1.0, 50.0, 1.0)  # MLM, RTD, CLM
 # float32 values, uint8 hits and labels, int64 targets
 NLL, HIT, TARGET = 4, 1, 8
 
 
 def cases(device: str, small: bool) -> list[OpCase]:
-    tokens = SMALL_TOKENS if small else TOKENS
+    tokens = SMALL_TOKENS if small else TOKENS[device]
     masked = mask_count(tokens, 0.15)
 
     def inputs(_: torch.dtype, device: torch.device) -> dict[str, Tensor]:

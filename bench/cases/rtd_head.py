@@ -8,11 +8,11 @@ from bench.cases.common import Contender, OpCase, random, seeded, torch_peers
 from bench.timing import Work
 from metro_ext.ops import rtd_head
 
-SHAPE, SMALL_SHAPE = (4096, 768), (64, 32)
+SHAPE, SMALL_SHAPE = {"cpu": (4096, 768), "cuda": (32768, 768)}, (64, 32)
 
 
 def cases(device: str, small: bool) -> list[OpCase]:
-    tokens, hidden = SMALL_SHAPE if small else SHAPE
+    tokens, hidden = SMALL_SHAPE if small else SHAPE[device]
 
     def inputs(dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         generator = seeded()

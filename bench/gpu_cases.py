@@ -1,0 +1,251 @@
+"""Small cases of every operator for `bench/gpu_check.py`, and what is asked of them.
+
+    python -m bench.gpu_cases repeats | equality | once [--device cuda]
+
+``repeats``: the same call gives the same bits. ``equality``: the CPU and the device draw the same
+masks, samples and dropout. ``once``: every case runs, for a sanitizer to watch. The last line is
+JSON, ``{"checks": {name: "ok" or what is wrong}}``; the exit code is 1 if anything is wrong.
+"""
+
+import argparse
+import json
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from metro_ext.command_line import run
+from metro_ext.objective import IGNORED
+from metro_ext.ops import (
+    attention,
+    bias_gelu,
+    layer_norm,
+    mask_tokens,
+    pretrain_loss,
+    replace_tokens,
+    rtd_head,
+    vocab_head,
+)
+
+OK = "ok"
+REPEATS = 3
+HEAD_SIZES = (32, 64, 96, 128)
+LENGTHS = (1, 0, 67, 130)  # of packed sequences: no tile is full, one is empty
+VOCAB, MASK_ID = 1031, 4
+Results = tuple[Tensor, ...]
+
+
+def _normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _key(device: str) -> Tensor:
+    return torch.tensor(7, device=device)
+
+
+def _with_gradients(function: Callable[..., Tensor], *inputs: Tensor) -> Results:
+    """What the function returns and the gradients of its first result by every input."""
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+    out = function(*leaves)
+    results = out if isinstance(out, tuple) else (out,)
+    grad = _normal(*results[0].shape, seed=1).to(results[0])
+    return *results, *torch.autograd.grad(results[0], leaves, grad)
+
+
+def _attention(device: str, dtype: torch.dtype, size: int, p: float) -> Results:
+    tokens, longest = sum(LENGTHS), max(LENGTHS)
+    first = torch.tensor([0, *LENGTHS]).cumsum(0).to(device, torch.int32)
+    seed = _key(device) if p else None
+    return _with_gradients(
+        lambda qkv, bias: attention(qkv, first, bias, longest, seed=seed, p=p),
+        _normal(tokens, 3, 3, size).to(device, dtype),
+        _normal(3, 2 * longest - 1).to(device),
+    )
+
+
+def _layer_norm(device: str, dtype: torch.dtype, width: int) -> Results:
+    return _with_gradients(
+        lambda x, residual, weight, shift, bias: layer_norm(
+            x, weight, shift, bias=bias, residual=residual, seed=_key(device), p=0.1
+        ),
+        *(_normal(67, width, seed=seed).to(device, dtype) for seed in (0, 2)),
+        *(_normal(width, seed=seed).to(device) for seed in (3, 4, 5)),
+    )
+
+
+def _bias_gelu(device: str, dtype: torch.dtype) -> Results:
+    return _with_gradients(
+        bias_gelu, _normal(67, 771).to(device, dtype), _normal(771, seed=2).to(device)
+    )
+
+
+def _vocab_head(device: str, dtype: torch.dtype) -> Results:
+    target = (torch.arange(67) * 15).to(device)
+    return _with_gradients(
+        lambda hidden, weight, bias: tuple(vocab_head(hidden, weight, bias, target, _key(device))),
+        _normal(67, 96).to(device, dtype),
+        (0.2 * _normal(VOCAB, 96, seed=2)).to(device, dtype),
+        _normal(VOCAB, seed=3).to(device),
+    )
+
+
+def _rtd_head(device: str, dtype: torch.dtype) -> Results:
+    label = (torch.arange(301) % 7 == 0).to(device, torch.uint8)
+    return _with_gradients(
+        lambda hidden, weight, bias: rtd_head(hidden, weight, bias, label),
+        _normal(301, 96).to(device, dtype),
+        _normal(96, seed=2).to(device),
+        _normal(1, seed=3).to(device),
+    )
+
+
+def _corruption(device: str) -> Results:
+    """Masked tokens, positions, targets; corrupted tokens, labels."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(5, VOCAB, (4099,), generator=generator)
+    tokens[::97] = 0  # special: never masked
+    tokens = tokens.to(device)
+    special = torch.arange(5, device=device)
+    masked, position, target = mask_tokens(
+        tokens, special, _key(device), count=614, mask_id=MASK_ID, vocab_size=VOCAB
+    )
+    sample = (target * 3 + position) % VOCAB
+    sample = torch.where(target == IGNORED, 0, sample)
+    return masked, position, target, *replace_tokens(tokens, position, target, sample, pad_id=1)
+
+
+def _loss(device: str) -> Results:
+    def count(size: int, modulus: int) -> Tensor:
+        return (torch.arange(size) % modulus == 0).to(device, torch.uint8)
+
+    target = (torch.arange(97) + 5).to(device)
+    return _with_gradients(
+        lambda mlm, rtd, clm: pretrain_loss(
+            mlm=(mlm, count(97, 3), target),
+            rtd=(rtd, _normal(643, seed=6).to(device), count(643, 7)),
+            clm=(clm, count(97, 2), target),
+        ),
+        *(_normal(size, seed=size).abs().to(device) for size in (97, 643, 97)),
+    )
+
+
+def cases(device: str) -> Iterator[tuple[str, Callable[[], Results]]]:
+    """Every operator, forward and backward, at odd shapes in every dtype of the device."""
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    if device == "cuda":
+        dtypes["fp16"] = torch.float16
+    for name, dtype in dtypes.items():
+        for size in HEAD_SIZES:
+            for p in (0.0, 0.1):
+                label = f"attention {size} dropout {p} {name}"
+                yield label, lambda d=dtype, s=size, p=p: _attention(device, d, s, p)
+        for width in (97, 768, 3000):
+            yield f"layer_norm {width} {name}", lambda d=dtype, w=width: _layer_norm(device, d, w)
+        for label, case in (
+            ("bias_gelu", _bias_gelu), ("vocab_head", _vocab_head), ("rtd_head", _rtd_head)
+        ):  # fmt: skip
+            yield f"{label} {name}", lambda c=case, d=dtype: c(device, d)
+    yield "corruption", lambda: _corruption(device)
+    yield "pretrain_loss", lambda: _loss(device)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """As bytes NaN equals NaN, and -0 differs from 0."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+
+
+def _repeats(case: Callable[[], Results]) -> str:
+    first = [_bytes(tensor) for tensor in case()]
+    for _ in range(REPEATS):
+        for index, (before, after) in enumerate(zip(first, case(), strict=True)):
+            if not torch.equal(before, _bytes(after)):
+                return f"result {index} differs between two calls"
+    return OK
+
+
+def _once(case: Callable[[], Results]) -> str:
+    for index, tensor in enumerate(case()):
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            return f"result {index} is not finite"
+    return OK
+
+
+def _dropped_by_layer_norm(device: str) -> Results:
+    """What was kept of a row of ones lies above the mean, what was dropped below."""
+    width = 768
+    one, zero = torch.ones(width, device=device), torch.zeros(width, device=device)
+    x = torch.ones(67, width, device=device)
+    return (layer_norm(x, one, zero, seed=_key(device), p=0.3) > 0,)
+
+
+def _dropped_by_attention(device: str) -> Results:
+    """With the identity as values the output is the matrix of probabilities."""
+    size = 128
+    qkv = _normal(size, 3, 2, size).to(device)
+    qkv[:, 2] = torch.eye(size, device=device)[:, None]
+    first = torch.tensor([0, size], dtype=torch.int32, device=device)
+    return (attention(qkv, first, None, size, seed=_key(device), p=0.3) != 0,)
+
+
+def _samples(device: str, dtype: torch.dtype) -> Results:
+    """One-hot rows make the products exact, so that both devices see the same logits."""
+    rows, vocab = 96, 5000
+    head = vocab_head(
+        torch.eye(rows, dtype=dtype, device=device),
+        (3 * _normal(vocab, rows)).to(device, dtype),
+        _normal(vocab, seed=1).to(device),
+        torch.zeros(rows, dtype=torch.int64, device=device),
+        _key(device),
+    )
+    return (head.sample,)
+
+
+DRAWS: dict[str, Callable[[str], Results]] = {
+    "masks and corrupted tokens": _corruption,
+    "samples fp32": lambda device: _samples(device, torch.float32),
+    "samples bf16": lambda device: _samples(device, torch.bfloat16),
+    "dropout of layer_norm": _dropped_by_layer_norm,
+    "dropout of attention": _dropped_by_attention,
+}
+
+
+def _equality(draw: Callable[[str], Results], device: str) -> str:
+    for index, (cpu, other) in enumerate(zip(draw("cpu"), draw(device), strict=True)):
+        if different := int((cpu != other.cpu()).sum()):
+            return f"result {index}: {different} of {cpu.numel()} differ between cpu and {device}"
+    return OK
+
+
+def check(what: str, device: str) -> dict[str, str]:
+    """``"ok"`` or what is wrong, by the name of the check."""
+    if what == "equality":
+        checks = {name: lambda d=draw: _equality(d, device) for name, draw in DRAWS.items()}
+    else:
+        ask = {"repeats": _repeats, "once": _once}[what]
+        checks = {name: lambda c=case: ask(c) for name, case in cases(device)}
+    results = {}
+    for name, function in checks.items():
+        try:
+            results[name] = function()
+            if device == "cuda":
+                torch.cuda.synchronize()  # a kernel's error belongs to this case
+        except Exception as error:  # one broken operator must not hide the others
+            traceback.print_exc()
+            first_line = (str(error).strip().splitlines() or [""])[0]
+            results[name] = f"{type(error).__name__}: {first_line}"
+    return results
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu_cases")
+    parser.add_argument("what", choices=("repeats", "equality", "once"))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    options = parser.parse_args(argv)
+    results = check(options.what, options.device)
+    print(json.dumps({"checks": results}))
+    return int(any(result != OK for result in results.values()))
+
+
+if __name__ == "__main__":
+    run(main)

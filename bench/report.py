@@ -1,0 +1,313 @@
+"""The measured results as tables and plots.
+
+    python bench/report.py [--results FOLDER] [--output FILE.md]
+
+Reads every JSON in bench/results and writes bench/results/README.md, with a plot of each set of
+operators beside it. Figures of a GPU come from bench/gpu_check.py or a benchmark with ``--device
+cuda``; where there are none the tables say so.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # for `python bench/report.py`
+
+from bench.harness import ABSENT, RESULTS, seconds_text
+from bench.roofline import save_plot
+from metro_ext.atomic import atomic_write
+from metro_ext.command_line import run
+from metro_ext.errors import UserError
+
+NOT_YET = "not yet run on a GPU (`python bench/gpu_check.py` on a machine with one)"
+DEVICES = {"cpu": "CPU", "cuda": "GPU"}
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A record and the file that it is of; those inside a gpu_check record carry its file."""
+
+    file: str
+    record: Record
+
+    @property
+    def script(self) -> str:
+        return self.record.get("script", "")
+
+    @property
+    def device(self) -> str:
+        return self.record.get("device", "cpu")
+
+
+def read(folder: Path) -> list[Source]:
+    """The records of a folder in the order of their files; those of a gpu_check's benchmarks too.
+
+    Raises:
+        UserError: there is none, or a file is not a JSON object.
+    """
+    sources = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{path} is not JSON: {error}") from error
+        if not isinstance(record, dict):
+            raise UserError(f"{path}: expected a JSON object, found {type(record).__name__}")
+        sources.append(Source(path.name, record))
+        if sources[-1].script == "gpu_check":
+            sources += _nested(sources[-1])
+    if not sources:
+        raise UserError(f"{folder}: there are no results; write some with --output of a benchmark")
+    return sources
+
+
+def _nested(source: Source) -> list[Source]:
+    """The benchmarks of a GPU check; its families of operators become one record again."""
+    records = [stage["record"] for stage in source.record["stages"] if "record" in stage]
+    ops = [record for record in records if record["script"] == "ops"]
+    merged = []
+    if ops:
+        cases = [case for record in ops for case in record["cases"]]
+        merged = [ops[0] | {"cases": cases}]
+    return [Source(source.file, r) for r in [*(r for r in records if r not in ops), *merged]]
+
+
+def markdown(
+    header: Sequence[str], rows: Iterable[Sequence[object]], words: Sequence[str] = ()
+) -> str:
+    """A table; the first column and those named in ``words`` hold words, the others figures."""
+    rules = ["---" if i == 0 or name in words else "---:" for i, name in enumerate(header)]
+    lines = [list(header), rules]
+    lines += [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def _number(value: float | None, form: str = ".2f") -> str:
+    return "" if value is None else format(value, form)
+
+
+def _where(source: Source) -> str:
+    """A line of what a record was measured on."""
+    machine = source.record["machine"]
+    if source.device == "cuda":
+        place = machine["gpu"]
+    else:
+        place = f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']}"
+    return (
+        f"{place}; torch {machine['torch']}; commit {source.record['commit']}, "
+        f"{source.record['date'][:10]}; `{source.file}`"
+    )
+
+
+def _contenders(case: Mapping[str, Any]) -> list[tuple[str, float | str]]:
+    return [("ours", case["ours"]), *case["peers"].items()]
+
+
+def step_section(sources: Sequence[Source]) -> str:
+    """The whole step: every contender a row."""
+    parts = ["## The whole training step"]
+    for device, title in DEVICES.items():
+        found = [s for s in sources if s.script == "step" and s.device == device]
+        parts.append(f"### {title}")
+        if not found:
+            parts.append(NOT_YET if device == "cuda" else "not yet run")
+        for source in found:
+            parts.append(_where(source))
+            for case in source.record["cases"]:
+                parts += [f"**{case['name']}**", _step_table(case)]
+    return "\n\n".join(parts)
+
+
+def _step_table(case: Mapping[str, Any]) -> str:
+    figures = case["figures"]
+    tokens, mfu = figures.get("tokens_per_s", {}), figures.get("mfu", {})
+    peaks = {"ours": case["peak_mb"], **case["peers_peak_mb"]}
+    rows = []
+    for name, seconds in _contenders(case):
+        if isinstance(seconds, str):
+            rows.append([name, seconds, "", "", "", ""])
+            continue
+        ratio = "" if name == "ours" else f"{case['ratios'][name]:.2f}x"
+        rows.append([
+            name, seconds_text(seconds), _number(tokens.get(name), ",.0f"),
+            _number(mfu.get(name), ".1%"), ratio, _number(peaks.get(name), ",.0f"),
+        ])  # fmt: skip
+    if case["floor_seconds"]:
+        share = f"{case['floor_share']:.0%} reached"
+        rows.append(["floor", seconds_text(case["floor_seconds"]), "", "", share, ""])
+    return markdown(["contender", "time", "tokens/s", "MFU", "time over ours", "peak MB"], rows)
+
+
+def ops_section(sources: Sequence[Source], plots: Mapping[int, str]) -> str:
+    """Every operator: share of its floor and the ratio to each peer."""
+    parts = ["## Operators", "A ratio is a peer's time over ours: above 1 ours is the faster. "
+             "Peers in brackets do less work than ours."]  # fmt: skip
+    for device, title in DEVICES.items():
+        found = [s for s in sources if s.script == "ops" and s.device == device]
+        parts.append(f"### {title}")
+        if not found:
+            parts.append(NOT_YET if device == "cuda" else "not yet run")
+        for source in found:
+            ceilings = source.record["ceilings"].items()
+            parts += [
+                _where(source),
+                "Measured ceilings: " + ", ".join(f"{name} {rate:,.0f}" for name, rate in ceilings),
+                _ops_table(source.record["cases"]),
+                f"![Roofline and share of the floor]({plots[id(source.record)]})",
+            ]
+    return "\n\n".join(parts)
+
+
+def _ops_table(cases: Iterable[Mapping[str, Any]]) -> str:
+    rows = []
+    for case in cases:
+        figures = case["figures"]
+        rows.append([
+            case["name"], seconds_text(case["ours"]), _number(case["floor_share"], ".0%"),
+            _number(figures.get("gb_per_s"), ",.0f"), _number(figures.get("gflop_per_s"), ",.0f"),
+            _number(case["peak_mb"], ",.0f"), _ratios(case),
+        ])  # fmt: skip
+    header = ["case", "ours", "share of the floor", "GB/s", "GFLOP/s", "peak MB", "peers"]
+    return markdown(header, rows, words=["peers"])
+
+
+def _ratios(case: Mapping[str, Any]) -> str:
+    parts = []
+    for name, seconds in case["peers"].items():
+        if isinstance(seconds, str):
+            parts.append(f"{name}: {ABSENT.strip(': ')}")
+        else:
+            text = f"{name} {case['ratios'][name]:.2f}x"
+            parts.append(f"({text})" if name in case["lesser"] else text)
+    return ", ".join(parts)
+
+
+def gpu_section(sources: Sequence[Source]) -> str:
+    """What each stage of a GPU check found."""
+    parts = ["## Checks on a GPU"]
+    found = [source for source in sources if source.script == "gpu_check"]
+    if not found:
+        parts.append(NOT_YET)
+    for source in found:
+        record = source.record
+        parts.append(
+            f"{record['device']}; torch {record['torch']}, CUDA {record['cuda']}; commit "
+            f"{record['commit']}, {record['date'][:10]}; `{source.file}`"
+        )
+        rows = [
+            [stage["name"], stage["status"], _number(stage.get("seconds"), ".0f"), _finding(stage)]
+            for stage in record["stages"]
+        ]
+        parts.append(markdown(["stage", "result", "seconds", "found"], rows, ["result", "found"]))
+    return "\n\n".join(parts)
+
+
+def _finding(stage: Mapping[str, Any]) -> str:
+    words = [stage["reason"]] if stage.get("reason") else []
+    words += [stage["summary"]] if stage.get("summary") else []
+    words += [f"{stage[key]} {key}" for key in ("held", "passed", "skipped") if key in stage]
+    broken = [*stage.get("wrong", {}), *stage.get("failed", [])]
+    words += [f"not: {', '.join(broken)}"] if broken else []
+    return "; ".join(words)
+
+
+def resources_section(sources: Sequence[Source]) -> str:
+    """Static evidence: a row an operator's kernel, over its instantiations."""
+    parts = ["## CUDA kernels, as compiled"]
+    found = [source for source in sources if source.script == "cuda_resources"]
+    if not found:
+        parts.append("not yet compiled (`python .ci/cuda_resources.py --update`)")
+    for source in found:
+        groups: dict[str, list[Mapping[str, Any]]] = {}
+        for name, targets in source.record["kernels"].items():
+            groups.setdefault(name.split("<")[0], []).append(targets)
+        targets = sorted({t for g in groups.values() for row in g for t in row if t[:3] == "sm_"})
+        header = ["kernel", "instances"]
+        for target in targets:
+            header += [f"{target} registers", "spilled bytes", "tensor-core instructions"]
+        rows = [[name, len(group), *_resources(group, targets)] for name, group in groups.items()]
+        parts += [
+            f"nvcc {source.record['nvcc']}; `{source.file}`. From the least to the most of a "
+            "kernel's instances (dtypes, head sizes, widths).",
+            markdown(header, rows),
+        ]
+    return "\n\n".join(parts)
+
+
+def _resources(group: Sequence[Mapping[str, Any]], targets: Sequence[str]) -> list[str]:
+    cells = []
+    for target in targets:
+        for key in ("registers", "spill_bytes", "tensor_core"):
+            values = [row[target][key] for row in group if target in row]
+            low, high = min(values, default=0), max(values, default=0)
+            cells.append(str(low) if low == high else f"{low} - {high}")
+    return cells
+
+
+def other_section(sources: Sequence[Source]) -> str:
+    """Results of scripts that have no table of their own: their cases and figures."""
+    known = {"step", "ops", "gpu_check", "cuda_resources"}
+    parts = []
+    for source in sources:
+        if source.script in known:
+            continue
+        parts.append(f"### {source.script or source.file}")
+        cases = source.record.get("cases")
+        if not cases:
+            parts.append(f"`{source.file}`")
+            continue
+        rows = [
+            [case["name"], seconds_text(case["ours"]), _number(case["ratio"]), _figures(case)]
+            for case in cases
+        ]
+        parts += [_where(source), markdown(["case", "ours", "ratio", "figures"], rows, ["figures"])]
+    return "\n\n".join(["## Further results", *parts]) if parts else ""
+
+
+def _figures(case: Mapping[str, Any]) -> str:
+    """Numbers alone: commands and nested figures stand in the JSON."""
+    return ", ".join(
+        f"{name} {value:.4g}"
+        for name, value in case["figures"].items()
+        if isinstance(value, int | float)
+    )
+
+
+def report(sources: Sequence[Source], plots: Mapping[int, str]) -> str:
+    """The whole page; ``plots`` has a file name for each record of operators, by its id."""
+    sections = [
+        "# Results\n\nMade by `python bench/report.py` from the JSON files beside it. Times are "
+        "medians over interleaved rounds of one run.",
+        step_section(sources),
+        ops_section(sources, plots),
+        gpu_section(sources),
+        resources_section(sources),
+        other_section(sources),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python bench/report.py", allow_abbrev=False)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of JSON files")
+    parser.add_argument("--output", type=Path, help="default: README.md in that folder")
+    options = parser.parse_args(argv)
+    output = options.output or options.results / "README.md"
+    sources, plots = read(options.results), {}
+    for source in sources:
+        if source.script == "ops":
+            name = f"roofline-{Path(source.file).stem}.png"
+            save_plot(source.record, _where(source).split(";")[0], output.parent / name)
+            plots[id(source.record)] = name
+    with atomic_write(output, "w") as file:
+        file.write(report(sources, plots))
+    print(f"written to {output}")
+
+
+if __name__ == "__main__":
+    run(main)

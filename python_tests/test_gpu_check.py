@@ -1,0 +1,202 @@
+"""bench/gpu_check.py where there is no GPU: its stages, its record and its refusal."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+# Last, so that an installed metro_ext is found before the source tree.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from bench import gpu_cases, gpu_check
+from bench.gpu_check import FAILED, LEFT_OUT, PASSED, TIMED_OUT, Stage
+from metro_ext.errors import UserError
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+def run(stage: Stage, folder: Path, seconds: float = 30.0) -> dict:
+    return gpu_check.run_stage(stage, seconds, folder)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_it_says_so_and_ends_with_2(tmp_path):
+    command = [sys.executable, "bench/gpu_check.py", "--output", str(tmp_path / "x.json")]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: there is no GPU") and done.stderr.count("\n") == 1
+    assert not (tmp_path / "x.json").exists()
+
+
+def test_a_failure_does_not_stop_the_later_stages(tmp_path, capsys):
+    saved = []
+    every = [
+        Stage("breaks", [python("import sys; print(sys.prefix); exit(3)"), python("0")], 30),
+        Stage("absent", [["metro-no-such-program"]], 30),
+        Stage("works", [python("print(1)"), python("print('{\"cases\": [1]}')")], 30,
+              gpu_check.benchmark),
+    ]  # fmt: skip
+    results = gpu_check.run_stages(every, 60, tmp_path, lambda r: saved.append(len(r)))
+    assert saved == [1, 2, 3]
+    breaks, absent, works = results
+    assert (breaks["status"], breaks["reason"]) == (FAILED, "ended with code 3")
+    assert breaks["output_tail"] == "PREFIX\n"  # no path of this machine
+    assert absent["status"] == FAILED and "not installed" in absent["reason"]
+    assert works["status"] == PASSED and works["record"] == {"cases": [1]}
+    assert "output_tail" not in works
+    assert str(sys.executable) not in json.dumps(results)
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == [
+        FAILED, FAILED, PASSED
+    ]  # fmt: skip
+
+
+def test_a_stage_that_takes_too_long_ends_with_its_children(tmp_path):
+    mark = tmp_path / "mark"
+    child = f"import time, pathlib; time.sleep(2); pathlib.Path({str(mark)!r}).touch()"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    result = run(Stage("slow", [python(parent)], 30), tmp_path, seconds=0.5)
+    assert result["status"] == TIMED_OUT
+    assert 0.4 < result["seconds"] < 2
+    time.sleep(2)
+    assert not mark.exists()
+
+
+def test_what_no_longer_fits_is_left_out(tmp_path):
+    every = [Stage("slow", [python("import time; time.sleep(30)")], 1.2),
+             Stage("late", [python("0")], 30)]  # fmt: skip
+    slow, late = gpu_check.run_stages(every, 1.5, tmp_path, lambda r: None)
+    assert slow["status"] == TIMED_OUT
+    assert late["status"] == LEFT_OUT and "--seconds" in late["reason"]
+
+
+def test_stages_are_chosen_by_name_and_keep_their_order(tmp_path):
+    every = gpu_check.stages((9, 0), tmp_path, full=False)
+    assert gpu_check.choose(every, []) == every
+    names = [stage.name for stage in gpu_check.choose(every, ["racecheck", "ops", "build"])]
+    assert names[0] == "build" and "racecheck" in names and "step" not in names
+    ops = [name for name in names if name.startswith("ops:")]
+    assert ops == [f"ops:{family}" for family in gpu_check.FAMILIES]
+    (one,) = gpu_check.choose(every, ["ops:gelu"])
+    assert "gelu" in one.commands[0]
+    with pytest.raises(UserError, match="there is no 'memchek'; choose from ops, build"):
+        gpu_check.choose(every, ["memchek"])
+    with pytest.raises(UserError, match="--seconds must be positive, found 0"):
+        gpu_check.parse(["--seconds", "0"])
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_the_commands_are_ones_that_the_scripts_know(tmp_path, full, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    from bench import ops, step
+
+    parsers = {"bench/ops.py": ops.parse, "bench/step.py": step.parse}
+    parsed = 0
+    for stage in gpu_check.stages((8, 0), tmp_path, full):
+        _, script, *words = stage.commands[-1]
+        if script in parsers:
+            options = parsers[script](words)
+            assert options.device == "cuda"
+            if script == "bench/step.py":
+                assert step.peer_names(options)
+            parsed += 1
+    assert parsed == 1 + len(gpu_check.FAMILIES)
+
+
+def test_build_is_for_this_gpu_where_machine_code_is_shipped():
+    assert "-DMETRO_CUDA_ARCHITECTURES=90a-real" in gpu_check.build_commands((9, 0))[0]
+    assert not any("ARCHITECTURES" in word for word in gpu_check.build_commands((12, 0))[0])
+
+
+@pytest.mark.parametrize(
+    "read, output, reason",
+    [
+        (gpu_check.checks, '{"checks": {}}', "no check was made"),
+        (gpu_check.sanitizer, '{"checks": {"a": "ok"}}', "printed no summary"),
+        (gpu_check.benchmark, "Traceback", "no case was measured"),
+    ],
+)
+def test_a_stage_that_checked_nothing_has_not_passed(tmp_path, read, output, reason):
+    result = run(Stage("empty", [python(f"print({output!r})")], 30, read), tmp_path)
+    assert result["status"] == FAILED and reason in result["reason"]
+
+
+def test_the_sanitizer_s_output_is_read(tmp_path):
+    lines = '========= COMPUTE-SANITIZER\\n{"checks": {"a": "ok", "b": "bad"}}\\n'
+    lines += "========= ERROR SUMMARY: 2 errors"
+    stage = Stage("m", [python(f"print('{lines}'); raise SystemExit(86)")], 30, gpu_check.sanitizer)
+    result = run(stage, tmp_path)
+    assert result["status"] == FAILED and result["reason"] == "the sanitizer found errors"
+    assert result["summary"] == "ERROR SUMMARY: 2 errors"
+    assert (result["held"], result["wrong"]) == (1, {"b": "bad"})
+
+
+def test_tests_are_counted(tmp_path):
+    source, report = tmp_path / "test_it.py", tmp_path / "tests.xml"
+    source.write_text(
+        "import pytest\n"
+        "def test_good(): pass\n"
+        "def test_bad(): assert 0\n"
+        "def test_absent(): pytest.skip('no')\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-c", "/dev/null", "-p", "no:cacheprovider",
+               f"--junitxml={report}", str(source)]  # fmt: skip
+    result = run(Stage("t", [command], 30, lambda _: gpu_check.test_counts(report)), tmp_path)
+    assert result["status"] == FAILED  # pytest's own exit code
+    assert (result["passed"], result["failed"], result["skipped"]) == (1, ["test_it::test_bad"], 1)
+    report.write_text("<testsuites><testsuite/></testsuites>")
+    with pytest.raises(ValueError, match="no test ran"):
+        gpu_check.test_counts(report)
+
+
+@pytest.mark.parametrize("what", ["equality", "repeats", "once"])
+def test_every_case_runs_on_the_cpu(what, capsys):
+    assert gpu_cases.main([what, "--device", "cpu"]) == 0
+    record = gpu_check.checks(capsys.readouterr().out)
+    assert record["held"] >= 5 and not record["wrong"]
+
+
+def test_a_difference_is_seen(monkeypatch, capsys):
+    """As if the second device drew with another seed, and as if a call depended on the calls."""
+    calls = iter(range(10**6))
+    monkeypatch.setattr(gpu_cases, "_key", lambda device: torch.tensor(next(calls)))
+    assert gpu_cases.main(["equality", "--device", "cpu"]) == 1
+    wrong = gpu_check.checks(capsys.readouterr().out)["wrong"]
+    assert set(wrong) == set(gpu_cases.DRAWS)
+    assert gpu_cases.main(["repeats", "--device", "cpu"]) == 1
+    wrong = gpu_check.checks(capsys.readouterr().out)["wrong"]
+    assert "layer_norm 768 bf16" in wrong and "bias_gelu bf16" not in wrong
+
+
+def test_a_broken_operator_does_not_hide_the_others(monkeypatch, capsys):
+    def broken(*_):
+        raise RuntimeError("launch failed\nmore")
+
+    monkeypatch.setattr(gpu_cases, "_loss", broken)
+    assert gpu_cases.main(["once", "--device", "cpu"]) == 1
+    record = gpu_check.checks(capsys.readouterr().out)
+    assert record["wrong"] == {"pretrain_loss": "RuntimeError: launch failed"}
+    assert record["held"] > 20
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_the_record_is_written_though_a_stage_fails(tmp_path, monkeypatch):
+    """As on a machine whose GPU is there for this process and lost to the stage's."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU (80 GB)")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(gpu_check, "RESULTS", tmp_path)
+    assert gpu_check.main(["--stages", "equality"]) == 1
+    record = json.loads((tmp_path / "gpu_check-some-gpu-80-gb.json").read_text())
+    assert record["device"] == "Some GPU (80 GB)" and record["torch"] == torch.__version__
+    assert {"date", "commit", "cuda", "capability"} <= set(record)
+    (stage,) = record["stages"]
+    assert stage["status"] == FAILED and stage["held"] == 0 and stage["wrong"]
