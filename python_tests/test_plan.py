@@ -228,8 +228,9 @@ def test_times_move_as_they_must():
     assert total(plain, "a100-80g") > 2 * total(plain)
     assert total(plain, "h200") < total(plain)
     assert total(dataclasses.replace(plain, accumulation=4)) < 4 * total(plain)
-    one = dataclasses.replace(plain, gpus=1)
-    assert total(one) < total(plain)  # nothing is exchanged
+    small = dataclasses.replace(plain, sequences=1)  # hides little of the exchange
+    assert total(dataclasses.replace(small, gpus=1)) < total(dataclasses.replace(small, gpus=8))
+    assert total(dataclasses.replace(small, gpus=8)) < total(small)
 
 
 def test_report_names_every_assumption_and_options_that_load(capsys):
@@ -254,5 +255,5 @@ def test_wrong_use_is_told():
         report(config, 1, "h100")
     with pytest.raises(UserError, match=r"--tokens must be above 0"):
         main(["--gpus", "1", "--gpu", "h100", "--tokens", "0"])
-    with pytest.raises(UserError, match=r"did you mean '--gpus'"):
+    with pytest.raises(UserError, match=r"unknown option '--gpuz'; did you mean '--gpu"):
         main(["--gpus", "1", "--gpu", "h100", "--gpuz", "1"])

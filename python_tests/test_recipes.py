@@ -10,7 +10,9 @@ import pytest
 
 from metro_ext.config import differences, load_config
 from metro_ext.config_schema import FIELDS
-from metro_ext.plan import layouts, sized
+from metro_ext.plan import sized
+from metro_ext.plan_memory import Layout, peak_memory
+from metro_ext.plan_time import GPUS, usable_memory
 from metro_ext.recipes import recipe_folder
 
 FOLDER = recipe_folder()
@@ -49,17 +51,23 @@ def test_recipe_has_the_published_settings(size):
     assert run.tokens_per_batch * run.accumulation == 2048 * 512
 
 
-@pytest.mark.parametrize(("size", "gpus"), [("base", 8), ("large++", 64), ("xl", 64), ("xxl", 256)])
-def test_gpus_that_a_recipe_names_can_share_it(size, gpus):
+@pytest.mark.parametrize(
+    ("size", "few", "most"),
+    [("base", 8, 8), ("base++", 8, 32), ("large++", 8, 64), ("xl", 8, 64), ("xxl", 256, 256)],
+)
+def test_a_recipe_fits_the_gpus_that_it_names(size, few, most):
     config = sized(load_config(toml_path=FOLDER / f"{size}.toml"))
-    assert f"{gpus} " in (FOLDER / f"{size}.toml").read_text(encoding="utf-8")
-    assert config.run.accumulation % gpus == 0
+    named = f"# {few} GPUs" if few == most else f"# {few} to {most} GPUs"
+    assert named in (FOLDER / f"{size}.toml").read_text(encoding="utf-8")
     sequences = config.run.tokens_per_batch // config.model.sequence_length
-    assert any(
-        (layout.engine, layout.recompute, layout.sequences)
-        == (config.parallel.mode, config.run.recompute, sequences)
-        for layout in layouts(config, gpus)
-    )
+    for gpus in (few, most):
+        assert config.run.accumulation % gpus == 0
+        layout = Layout(
+            config.parallel.mode, gpus, config.run.recompute, sequences,
+            config.run.accumulation // gpus,
+        )  # fmt: skip
+        memory = peak_memory(config.model, config.objective, config.run.precision, layout)
+        assert memory.total < usable_memory(GPUS["a100-80g"])
 
 
 @pytest.mark.parametrize("name", LAUNCH_FILES)
