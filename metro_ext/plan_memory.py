@@ -2,8 +2,9 @@
 
 A formula for every tensor that the model keeps for its backward pass (the operators' and autograd
 functions' saved tensors), and for the largest that come and go while it runs. The peak is the
-largest of a few phases of the backward pass; gradients are counted whole in each of them, as they
-are from a step's second micro-batch on and, in DDP's buckets, always.
+largest of a few phases of the backward pass. Gradients are counted whole in each of them, as they
+are from a step's second micro-batch on and, in DDP's buckets, always; in the sharded engines they
+are whole only where a step has several micro-batches on a GPU.
 """
 
 from __future__ import annotations
@@ -24,8 +25,6 @@ ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
 ADAM_MOMENTS = 2  # float32 each, of every parameter
 # fully_shard gathers the next layer while one computes, and frees the last one after it.
 GATHERED_LAYERS = 2
-# A layer's whole gradient, its copy that is being reduced, and the next layer's gradient.
-UNREDUCED_LAYERS = 3
 
 
 @dataclass(frozen=True)
@@ -83,37 +82,56 @@ def peak_memory(
     device: str = "cuda",
 ) -> Memory:
     """Peak bytes on one GPU; `precision` is ``run.precision``, `device` ``cuda`` or ``cpu``."""
-    weights, gradients, optimizer = _states(model, objective, layout)
-    activations, head = max(_phases(model, objective, precision, layout, device), key=sum)
-    return Memory(weights, gradients, optimizer, activations, head)
+    states = _states(model, objective, layout)
+    phases = _phases(model, objective, precision, layout, device)
+    found = [
+        Memory(states.weights, gradients, states.optimizer, activations, head)
+        for part, gradients in zip(phases, (states.early, states.late), strict=True)
+        for activations, head in part
+    ]
+    return max(found, key=lambda memory: memory.total)
 
 
-def _states(
-    model: ModelConfig, objective: ObjectiveConfig, layout: Layout
-) -> tuple[float, float, float]:
-    """Bytes of weights, gradients and optimizer state."""
+@dataclass(frozen=True)
+class _States:
+    """Bytes of weights, of optimizer state, and of gradients before and after the main encoder's
+    backward pass."""
+
+    weights: float
+    optimizer: float
+    early: float
+    late: float
+
+
+def _states(model: ModelConfig, objective: ObjectiveConfig, layout: Layout) -> _States:
     count = parameter_count(model, objective)
     whole = FP32 * count.total
     if layout.engine == "ddp":
-        return whole, whole, ADAM_MOMENTS * whole
+        return _States(whole, ADAM_MOMENTS * whole, whole, whole)
     layer = FP32 * layer_parameters(model, objective)
     layers = model.layers + (model.aux_layers if count.aux else 0)
     root = whole - layers * layer  # embeddings, heads: gathered for the whole of a step
     shard = whole / layout.gpus
     gathered = whole if layout.engine == "zero1" else root + min(GATHERED_LAYERS, layers) * layer
-    # Until a step's last micro-batch gradients stay whole: they are not exchanged before.
-    unreduced = root + min(UNREDUCED_LAYERS, layers) * layer
-    return (
-        shard + gathered,
-        shard + (whole if layout.accumulation > 1 else unreduced),
-        ADAM_MOMENTS * shard,
-    )
+    # Until a step's last micro-batch gradients stay whole: they are not exchanged before. In it, as
+    # without accumulation, a layer's gradient is whole until it is reduced into the rank's part.
+    # The root's own are the last; they come as the head's part and are reduced when all is done.
+    reduced = layers * layer / layout.gpus
+    if layout.accumulation > 1:
+        early, late = whole, reduced + root + layer * (layers - model.layers)
+    else:
+        early, late = layer, reduced + layer
+    return _States(shard + gathered, ADAM_MOMENTS * shard, early, late)
 
 
 def _phases(
     model: ModelConfig, objective: ObjectiveConfig, precision: str, layout: Layout, device: str
-) -> list[tuple[float, float]]:
-    """(activations, head) in bytes: in the heads, the top layers and the token table's gradient."""
+) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
+    """(activations, head) in bytes: of the phases before and after the main encoder is done.
+
+    Before: in its heads and in its last layer. After: in the auxiliary head, in the auxiliary
+    encoder's last layer and in the token table's gradient.
+    """
     element = ELEMENT_BYTES[precision]
     tokens = layout.sequences * model.sequence_length
     rows = mask_count(tokens, objective.mask_fraction)
@@ -139,11 +157,8 @@ def _phases(
 
     if objective.name == "mlm":
         heads = rounded + table
-        return [
-            (main + ids + stream, heads + masked_head + tile),
-            (main + ids + top, heads),
-            table_phase,
-        ]
+        early = [(main + ids + stream, heads + masked_head + tile), (main + ids + top, heads)]
+        return early, [table_phase]
     aux = _encoder(model, model.aux_layers, layout, element)
     main_heads = {
         "metro": masked_head + full_head,
@@ -153,17 +168,18 @@ def _phases(
     pending = table if objective.name != "electra" else 0  # main head's part of the table gradient
     main_tile = {"metro": tile, "electra": 0, "clm-all": full_tile}[objective.name]
     both = aux + main + ids
-    return [
+    early = [
         (both, rounded + pending + masked_head + main_heads + max(3 * stream, main_tile + stream)),
         (both + top, rounded + pending + masked_head),
-        # The main encoder is done; its lookups' rows wait for the table.
+    ]
+    aux_top = _top_layer(model, model.aux_layers, layout, element)
+    late = [
+        # The main encoder's lookups keep their rows for the table.
         (aux + ids + 2 * stream, rounded + pending + table + masked_head + tile),
-        (
-            aux + ids + stream + _top_layer(model, model.aux_layers, layout, element),
-            rounded + table,
-        ),
+        (aux + ids + stream + aux_top, rounded + table),
         table_phase,
     ]
+    return early, late
 
 
 def _head_tile(rows: int, vocab_size: int, element: int, device: str) -> float:
