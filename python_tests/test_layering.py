@@ -9,7 +9,7 @@ PACKAGE = Path(metro_ext.__file__).parent
 
 # One direction: a module may import modules of earlier rows (and of its own row, where listed).
 LAYERS = [
-    {"errors", "atomic", "sample_text"},
+    {"errors", "atomic", "sample_text", "recipes"},
     {"command_line", "ops", "config_schema", "text_files", "monitor", "hardware"},
     {"tokenizer", "presets", "checkpoint", "info", "distributed"},
     {"corpus_format", "config", "model", "plot", "tokenizer_json"},
@@ -17,9 +17,9 @@ LAYERS = [
     {"corpus"},
     {"batches", "prepare"},
     {"objective", "optim", "mpnet"},
-    {"held_out", "pretrained", "parallel"},
-    {"trainer", "inspect", "export", "hf", "finetune", "evaluate"},
-    {"import_mpnet", "train"},
+    {"held_out", "pretrained", "parallel", "plan_memory"},
+    {"plan_time", "trainer", "inspect", "export", "hf", "finetune", "evaluate"},
+    {"import_mpnet", "plan", "train"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

@@ -1,0 +1,233 @@
+"""What a layout holds on each GPU at the peak of a step, by part.
+
+A formula for every tensor that the model keeps for its backward pass (the operators' and autograd
+functions' saved tensors), and for the largest that come and go while it runs. The peak is the
+largest of a few phases of the backward pass. Gradients are counted whole in each of them, as they
+are from a step's second micro-batch on and, in DDP's buckets, always; in the sharded engines they
+are whole only where a step has several micro-batches on a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from metro_ext.config_schema import ModelConfig, ObjectiveConfig
+from metro_ext.objective import mask_count
+from metro_ext.presets import parameter_count
+
+FP32, INT64 = 4, 8
+# Of the vocabulary head's logits a tile at a time is held: csrc/vocab_head/vocab_head.h.
+SAMPLE_TILE = 256  # columns; tiles are multiples
+TILE_COLUMNS = {"cpu": 16 * SAMPLE_TILE, "cuda": 64 * SAMPLE_TILE}
+TILE_BYTES = {"cpu": {4: 32 << 20, 2: 16 << 20}, "cuda": {4: 256 << 20, 2: 256 << 20}}
+ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
+ADAM_MOMENTS = 2  # float32 each, of every parameter
+# fully_shard gathers the next layer while one computes, and frees the last one after it.
+GATHERED_LAYERS = 2
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a step is spread: `gpus` GPUs of `sequences` × `accumulation` sequences each.
+
+    engine: ``ddp``, ``zero1`` or ``fsdp2`` (see ``metro_ext.parallel``).
+    recompute: ``none``, ``alternate`` or ``all`` layers are computed again in the backward pass.
+    sequences: of a micro-batch, each of the model's full length.
+    accumulation: micro-batches of a step on one GPU.
+    """
+
+    engine: str
+    gpus: int
+    recompute: str
+    sequences: int
+    accumulation: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU at the peak.
+
+    activations: of the encoders, with what their backward pass needs beside them.
+    head: of the heads, with the rounded token table and its gradient on the way to float32.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    head: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.head
+
+
+def layer_parameters(model: ModelConfig, objective: ObjectiveConfig) -> int:
+    """Parameters of one layer; all layers of both encoders are alike."""
+    main = parameter_count(model, objective).main
+    return (main - model.relative_buckets * model.heads) // model.layers
+
+
+def recomputed_layers(layers: int, policy: str) -> int:
+    """How many of an encoder's layers `metro_ext.parallel.recompute_layers` takes."""
+    return {"none": 0, "alternate": math.ceil(layers / 2), "all": layers}[policy]
+
+
+def peak_memory(
+    model: ModelConfig,
+    objective: ObjectiveConfig,
+    precision: str,
+    layout: Layout,
+    device: str = "cuda",
+) -> Memory:
+    """Peak bytes on one GPU; `precision` is ``run.precision``, `device` ``cuda`` or ``cpu``."""
+    states = _states(model, objective, layout)
+    phases = _phases(model, objective, precision, layout, device)
+    found = [
+        Memory(states.weights, gradients, states.optimizer, activations, head)
+        for part, gradients in zip(phases, (states.early, states.late), strict=True)
+        for activations, head in part
+    ]
+    return max(found, key=lambda memory: memory.total)
+
+
+@dataclass(frozen=True)
+class _States:
+    """Bytes of weights, of optimizer state, and of gradients before and after the main encoder's
+    backward pass."""
+
+    weights: float
+    optimizer: float
+    early: float
+    late: float
+
+
+def _states(model: ModelConfig, objective: ObjectiveConfig, layout: Layout) -> _States:
+    count = parameter_count(model, objective)
+    whole = FP32 * count.total
+    if layout.engine == "ddp":
+        return _States(whole, ADAM_MOMENTS * whole, whole, whole)
+    layer = FP32 * layer_parameters(model, objective)
+    layers = model.layers + (model.aux_layers if count.aux else 0)
+    root = whole - layers * layer  # embeddings, heads: gathered for the whole of a step
+    shard = whole / layout.gpus
+    gathered = whole if layout.engine == "zero1" else root + min(GATHERED_LAYERS, layers) * layer
+    # Until a step's last micro-batch gradients stay whole: they are not exchanged before. In it, as
+    # without accumulation, a layer's gradient is whole until it is reduced into the rank's part.
+    # The root's own are the last; they come as the head's part and are reduced when all is done.
+    reduced = layers * layer / layout.gpus
+    if layout.accumulation > 1:
+        early, late = whole, reduced + root + layer * (layers - model.layers)
+    else:
+        early, late = layer, reduced + layer
+    return _States(shard + gathered, ADAM_MOMENTS * shard, early, late)
+
+
+def _phases(
+    model: ModelConfig, objective: ObjectiveConfig, precision: str, layout: Layout, device: str
+) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
+    """(activations, head) in bytes: of the phases before and after the main encoder is done.
+
+    Before: in its heads and in its last layer. After: in the auxiliary head, in the auxiliary
+    encoder's last layer and in the token table's gradient.
+    """
+    element = ELEMENT_BYTES[precision]
+    tokens = layout.sequences * model.sequence_length
+    rows = mask_count(tokens, objective.mask_fraction)
+    stream = element * tokens * model.hidden  # one [T, H]
+    table = element * model.vocab_size * model.hidden
+    rounded = table if precision != "fp32" else 0  # the table's copy in the products' dtype
+
+    main = _encoder(model, model.layers, layout, element)
+    ids = INT64 * tokens * 5  # tokens, positions, masked, corrupted, targets
+    tile = _head_tile(rows, model.vocab_size, element, device)
+    full_tile = _head_tile(tokens, model.vocab_size, element, device)
+    top = _top_layer(model, model.layers, layout, element)
+    masked_head = 4 * element * rows * model.hidden + (2 * INT64 + 6 * FP32) * rows
+    full_head = 3 * stream + 6 * FP32 * tokens  # RTD's, or a vocabulary head on every token
+    # The table's gradient in the products' dtype and, where that is not float32, in float32.
+    conversion = table + (FP32 * model.vocab_size * model.hidden if rounded else 0)
+    root = 0.0
+    if layout.engine != "ddp":  # the root's gradients are copied into one buffer to be reduced
+        layers = model.layers + (model.aux_layers if objective.name != "mlm" else 0)
+        count = parameter_count(model, objective).total
+        root = FP32 * (count - layers * layer_parameters(model, objective))
+    table_phase = (2 * stream + ids, conversion + root)
+
+    if objective.name == "mlm":
+        heads = rounded + table
+        early = [(main + ids + stream, heads + masked_head + tile), (main + ids + top, heads)]
+        return early, [table_phase]
+    aux = _encoder(model, model.aux_layers, layout, element)
+    main_heads = {
+        "metro": masked_head + full_head,
+        "electra": full_head,
+        "clm-all": full_head,
+    }[objective.name]
+    pending = table if objective.name != "electra" else 0  # main head's part of the table gradient
+    main_tile = {"metro": tile, "electra": 0, "clm-all": full_tile}[objective.name]
+    both = aux + main + ids
+    early = [
+        (both, rounded + pending + masked_head + main_heads + max(3 * stream, main_tile + stream)),
+        (both + top, rounded + pending + masked_head),
+    ]
+    aux_top = _top_layer(model, model.aux_layers, layout, element)
+    late = [
+        # The main encoder's lookups keep their rows for the table.
+        (aux + ids + 2 * stream, rounded + pending + table + masked_head + tile),
+        (aux + ids + stream + aux_top, rounded + table),
+        table_phase,
+    ]
+    return early, late
+
+
+def _head_tile(rows: int, vocab_size: int, element: int, device: str) -> float:
+    """Bytes of the logits that a vocabulary head holds at a time."""
+    fitting = TILE_BYTES[device][element] // element // rows // SAMPLE_TILE * SAMPLE_TILE
+    columns = min(max(fitting, SAMPLE_TILE), TILE_COLUMNS[device], vocab_size)
+    return element * rows * columns
+
+
+def _encoder(model: ModelConfig, layers: int, layout: Layout, element: int) -> float:
+    """Bytes that an encoder's forward pass keeps: the norm's sum and its output, and the layers."""
+    tokens = layout.sequences * model.sequence_length
+    stream = element * tokens * model.hidden
+    kept = layers - recomputed_layers(layers, layout.recompute)
+    inner = _layer_inner(model, tokens, element)
+    return 2 * stream + 2 * FP32 * tokens + layers * stream + kept * inner
+
+
+def _top_layer(model: ModelConfig, layers: int, layout: Layout, element: int) -> float:
+    """Bytes of the last layer's backward pass beside what the forward passes kept.
+
+    At its largest, in the feed-forward's, the layer's output and the sum before it are gone.
+    """
+    tokens = layout.sequences * model.sequence_length
+    # Of every second layer the first is recomputed: the last one is where their number is odd.
+    again = layout.recompute == "all" or (layout.recompute == "alternate" and layers % 2 == 1)
+    inner = _layer_inner(model, tokens, element) if again else 0.0
+    gone = 2 * element * tokens * model.hidden
+    return inner + _layer_backward(model, tokens, element) - gone
+
+
+def _layer_inner(model: ModelConfig, tokens: int, element: int) -> float:
+    """Bytes that a layer keeps beside its output, which is the next one's input.
+
+    Queries, keys and values 3 H, attention's output H, two sums before norms 2 H, the first norm's
+    output H, the feed-forward input F; float32: log-sum-exp a head, mean and deviation a norm.
+    """
+    activations = element * tokens * (7 * model.hidden + model.ffn)
+    return activations + FP32 * tokens * (model.heads + 4)
+
+
+def _layer_backward(model: ModelConfig, tokens: int, element: int) -> float:
+    """Bytes that come and go in a layer's backward pass, at its largest: the feed-forward's.
+
+    Two gradients [T, F] (after and before the GELU), two [T, H] (of the product and of the
+    residual), one weight's gradient [H, F] in float32 and the weight rounded for the product.
+    """
+    matrix = model.hidden * model.ffn
+    rounded = element * matrix if element != FP32 else 0
+    gradients = element * tokens * (2 * model.ffn + 2 * model.hidden)
+    return gradients + FP32 * matrix + rounded

@@ -1,0 +1,5 @@
+"""Prints the recipes' folder: ``"$(python -m metro_ext.recipes)"/single_node.sh base``."""
+
+from metro_ext.recipes import recipe_folder
+
+print(recipe_folder())
