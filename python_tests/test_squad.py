@@ -100,8 +100,13 @@ def test_malformed_predictions(text, words, tmp_path, capsys):
     assert words in error and str(path) in error
 
 
-def test_malformed_probabilities(tmp_path):
-    path = tmp_path / "na.json"
+def test_malformed_probabilities(tmp_path, capsys):
+    path, data, predictions = (tmp_path / f"{name}.json" for name in ("na", "dev", "found"))
+    data.write_text(json.dumps(squad(("a", ["Normans"]), ("b", []))))
+    predictions.write_text('{"a": "Normans", "b": ""}')
+    path.write_text('{"a": 0.5}')
+    assert exit_code(main, data, predictions, "--na-prob", path) == 2
+    assert f"{path}: question b: expected a probability" in capsys.readouterr().err
     for text in ('{"q": "x"}', '{"q": NaN}', '{"q": true}'):
         path.write_text(text)
         with pytest.raises(ValueError, match=r"na\.json: question q: expected a probability"):

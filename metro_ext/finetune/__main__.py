@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         made.error("--submission needs --output DIR")
     if options.submission and spans:
         made.error("SQuAD's test sets are not public: predictions.json of the dev set is in DIR")
-    if not spans and (options.length or options.stride):
+    if not spans and (options.length, options.stride) != (None, None):
         made.error("--length and --stride are for squad1 and squad2")
     device, pretrained = choose_device(options.device, option="--device"), load(options.model)
     task = squad_task.TASKS[options.task] if spans else TASKS[options.task]

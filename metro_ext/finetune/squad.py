@@ -174,7 +174,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     na = read_na_probabilities(options.na_prob)
     final = apply_threshold(predictions, na, options.na_threshold)
-    print(json.dumps(split_scores(answers, final) | best_thresholds(answers, predictions, na)))
+    try:
+        best = best_thresholds(answers, predictions, na)
+    except UserError as error:
+        raise UserError(f"{options.na_prob}: {error}") from None
+    print(json.dumps(split_scores(answers, final) | best))
 
 
 if __name__ == "__main__":

@@ -83,14 +83,13 @@ def finetune_seed(
 
     ``limit``: questions to train on.
     """
-    questions = task.load(data, "train")[:limit]
+    questions, dev = task.load(data, "train")[:limit], task.load(data, "dev")
     made = task.windows(pretrained, questions)
     targets = [window.target(questions[window.question]) for window in made]
     if not any(last > 0 for _, last in targets):
         raise UserError("expected an answer that lies whole in a window, found none")
     model = SpanModel(pretrained, seed).to(device)
     train(model, [window.row for window in made], targets, settings, seed)
-    dev = task.load(data, "dev")
     found = best_spans(model, pretrained.tokenizer, dev, task.windows(pretrained, dev), settings)
     return model, figures(task, dev, found), found
 
