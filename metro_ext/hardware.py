@@ -1,4 +1,4 @@
-"""The machine: peak arithmetic rates for model FLOPs utilisation (MFU), and its allocator."""
+"""The machine: its device, peak arithmetic rates for model FLOPs utilisation (MFU), allocator."""
 
 import ctypes
 import time
