@@ -63,6 +63,14 @@ def test_tokens_cover_the_answer_and_no_more(text, answer):
         assert covered(small_tokenizer(cased=cased), text, start, start + len(answer)) == answer
 
 
+def test_pieces_of_one_character_share_it():
+    tokenizer = small_tokenizer()
+    ids, spans = tokenizer.encode_with_spans("a ½日")
+    shown = dict(zip(map(tuple, spans.tolist()), tokenizer.pieces(ids), strict=True))
+    assert shown == {(0, 1): "▁a", (2, 2): "▁", (2, 3): "<0x32>", (3, 4): "<0xA5>"}
+    assert [tuple(span) for span in spans].count((3, 4)) == 3  # bytes of 日
+
+
 def test_spans_of_every_character():
     tokenizer = small_tokenizer()
     for c in range(1, 0x30000):
@@ -201,6 +209,11 @@ def test_best_span_by_brute_force():
         score, characters = best_span(window, logits)
         assert score == pytest.approx(found[i, j])
         assert characters == slice(spans[i, 0], spans[j, 1])
+    logits = np.zeros((len(window.row), 2), np.float32)
+    logits[5 + 3, 0] = 5  # the best start and the best end make a span of 31 tokens
+    logits[5 + 33, 1] = 5
+    logits[5 + 32, 1] = 4  # and 30 are allowed
+    assert best_span(window, logits) == (9, slice(spans[3, 0], spans[32, 1]))
     hidden = Window(0, [0] * 7, 5, np.array([[3, 3]]))
     assert best_span(hidden, np.zeros((7, 2), np.float32))[0] == -np.inf
 
