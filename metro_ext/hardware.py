@@ -1,9 +1,12 @@
-"""The machine: peak arithmetic rates for model FLOPs utilisation (MFU), and its allocator."""
+"""The machine: its device, peak arithmetic rates for model FLOPs utilisation (MFU), allocator."""
 
 import ctypes
 import time
 
 import torch
+
+from metro_ext import _C
+from metro_ext.errors import UserError
 
 # Dense bf16/fp16 tensor-core FLOP/s from the data sheets, by a part of the device's name.
 _CUDA_PEAKS = (("A100", 312e12), ("H100", 989e12), ("H200", 989e12), ("B200", 2250e12))
@@ -40,6 +43,19 @@ def measured_flops(device: torch.device, dtype: torch.dtype, size: int = 1024) -
             torch.cuda.synchronize(device)
         fastest = min(fastest, time.perf_counter() - start)
     return 2 * size**3 / fastest
+
+
+def choose_device(name: str, local_rank: int = 0, option: str = "--run.device") -> torch.device:
+    """``auto`` takes CUDA where torch has it and this build has kernels for it."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"{option} is cuda, but torch finds no CUDA device; use {option}=cpu")
+    if name == "auto":
+        # Until every operator has its CUDA kernel, training runs where they all run.
+        has_kernels = "attention" in _C.build_info()["cuda_operators"]
+        name = "cuda" if torch.cuda.is_available() and has_kernels else "cpu"
+    if name == "cuda":
+        return torch.device("cuda", local_rank % torch.cuda.device_count())
+    return torch.device(name)
 
 
 def keep_freed_memory() -> bool:

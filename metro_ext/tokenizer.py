@@ -20,6 +20,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import sentencepiece
 
 from metro_ext.atomic import atomic_write
@@ -107,6 +108,39 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
         """`encode` of each text, on several threads."""
         return self._encode(list(texts), num_threads=threads)
+
+    def encode_with_spans(self, text: str) -> tuple[list[int], np.ndarray]:
+        """`encode`, and the characters of the text that each id stands for.
+
+        Returns:
+            The ids, and int64 [ids, 2]: first character and the one past the last. The space that
+            a piece begins with is left out, so a bare "▁" has an empty span. Pieces and bytes that
+            share one character of the text (of "½", say) all have that character.
+        """
+        ids = self.encode(text)
+        if not ids:
+            return ids, np.zeros((0, 2), np.int64)
+        normalised, offsets = self._processor.normalize(text, with_offsets=True)
+        starts = np.array(offsets, np.int64)
+        # A character of the normalised text ends where the next one of the text itself begins.
+        following = np.searchsorted(starts, starts[:-1], side="right")
+        ends = starts[np.minimum(following, len(starts) - 1)]
+        spans = np.zeros((len(ids), 2), np.int64)
+        place = bytes_read = 0  # in the normalised text; bytes of the character at `place`
+        for row, (one, piece) in enumerate(zip(ids, self.pieces(ids), strict=True)):
+            if self._processor.is_byte(one):
+                spans[row] = starts[place], ends[place]
+                bytes_read += 1
+                if bytes_read == len(normalised[place].encode()):
+                    place, bytes_read = place + 1, 0
+                continue
+            first, place = place, place + len(piece)
+            while first < place and normalised[first] == SPACE_PIECE:
+                first += 1
+            spans[row] = starts[first], ends[place - 1] if first < place else starts[first]
+        if place != len(normalised):
+            raise RuntimeError(f"the pieces cover {place} of {len(normalised)} characters")
+        return ids, spans
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids; special ids vanish. UserError for an id outside the vocabulary."""

@@ -19,11 +19,12 @@ from metro_ext.batches import BatchSource, evaluation_batches, micro_batch_index
 from metro_ext.config import differences, from_dict, to_dict
 from metro_ext.distributed import AgreedError, World
 from metro_ext.errors import UserError
+from metro_ext.hardware import choose_device
 from metro_ext.held_out import evaluate, interval_figures, pack
 from metro_ext.model import PAD_ID
 from metro_ext.monitor import Monitor
 from metro_ext.objective import Objective, mask_count
-from metro_ext.ops import _C, METRICS
+from metro_ext.ops import METRICS
 from metro_ext.optim import AdamW, learning_rate
 from metro_ext.parallel import engine
 from metro_ext.prepare import Prepared, unigram_nats
@@ -250,19 +251,6 @@ class Trainer:
             )
         if state["tokenizer_sha256"] != self.prepared.tokenizer.sha256:
             raise UserError(f"{self.folder} holds a run with another tokenizer")
-
-
-def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """``auto`` takes CUDA where torch has it and this build has kernels for it."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("run.device is cuda, but torch finds no CUDA device; use --run.device=cpu")
-    if name == "auto":
-        # Until every operator has its CUDA kernel, training runs where they all run.
-        has_kernels = "attention" in _C.build_info()["cuda_operators"]
-        name = "cuda" if torch.cuda.is_available() and has_kernels else "cpu"
-    if name == "cuda":
-        return torch.device("cuda", local_rank % torch.cuda.device_count())
-    return torch.device(name)
 
 
 def _due(step: int, interval: int) -> bool:

@@ -1,1 +1,1 @@
-"""Fine-tuning of a pretrained run on GLUE and SuperGLUE: ``python -m metro_ext.finetune``."""
+"""Fine-tuning of a run on GLUE, SuperGLUE and SQuAD: ``python -m metro_ext.finetune``."""

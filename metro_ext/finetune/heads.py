@@ -1,6 +1,5 @@
 """A pretrained encoder with the classification head of MPNet and RoBERTa."""
 
-import dataclasses
 import math
 from pathlib import Path
 
@@ -46,6 +45,17 @@ class Classifier(nn.Module):
         first = hidden[packing.cu_seqlens[:-1].long()].float()
         inner = torch.tanh(self.dense(self._drop(first, generator)))
         return self.out(self._drop(inner, generator))
+
+    def loss(
+        self,
+        tokens: Tensor,
+        packing: Packing,
+        labels: list,
+        dtype: torch.dtype,
+        generator: torch.Generator,
+    ) -> Tensor:
+        """`loss_of` the logits."""
+        return loss_of(self(tokens, packing, dtype, generator), labels)
 
     def _drop(self, x: Tensor, generator: torch.Generator) -> Tensor:
         p = self.encoder.config.dropout
@@ -99,18 +109,30 @@ def encode(tokenizer: Tokenizer, examples: list[Example], limit: int) -> list[li
     return encoded
 
 
-def packed(rows: list[list[int]], limit: int, seed: int) -> tuple[Tensor, Packing]:
+def packed(
+    rows: list[list[int]], limit: int, seed: int, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Packing]:
     """Rows one after another, without padding; ``seed`` is that of the encoder's dropout."""
     whole = EncodedTexts.pack(rows, limit)
-    return whole.tokens, dataclasses.replace(whole.packing, seed=torch.tensor(seed))
+    packing = Packing(
+        whole.packing.positions.to(device),
+        whole.packing.cu_seqlens.to(device),
+        limit,
+        torch.tensor(seed, device=device),
+    )
+    return whole.tokens.to(device), packing
 
 
 def loss_of(logits: Tensor, labels: list) -> Tensor:
     """Cross-entropy, or the squared error where there is one output."""
     if logits.shape[1] == 1:
-        loss = F.mse_loss(logits[:, 0], torch.tensor(labels, dtype=torch.float32))
-    else:
-        loss = F.cross_entropy(logits, torch.tensor(labels))
+        target = torch.tensor(labels, dtype=torch.float32, device=logits.device)
+        return checked_loss(F.mse_loss(logits[:, 0], target))
+    return checked_loss(F.cross_entropy(logits, torch.tensor(labels, device=logits.device)))
+
+
+def checked_loss(loss: Tensor) -> Tensor:
+    """The loss, or UserError if it is not finite."""
     if not math.isfinite(loss.item()):
         raise UserError(f"expected a finite loss, found {loss.item()}; try a lower --lr")
     return loss

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 
 from metro_ext.config_schema import OptimConfig
 from metro_ext.finetune.examples import Example
-from metro_ext.finetune.heads import Classifier, encode, loss_of, packed
+from metro_ext.finetune.heads import Classifier, encode, packed
+from metro_ext.model import Encoder, Packing
 from metro_ext.optim import AdamW, learning_rate
 from metro_ext.tokenizer import Tokenizer
 
@@ -36,9 +38,16 @@ def defaults(task: str, small: bool, hidden: int) -> Settings:
     base and larger: 2e-5 (published range 1e-5 to 4e-5; 1e-5 for hidden sizes from 1024). Smaller
     models, for which nothing is published, take ELECTRA-Small's 3e-4.
     """
-    epochs = {"mnli": 2}.get(task, 10 if small else 5)
+    epochs = {"mnli": 2, "squad1": 3, "squad2": 3}.get(task, 10 if small else 5)
     lr = 3e-4 if hidden < 768 else 2e-5 if hidden < 1024 else 1e-5
     return Settings(epochs=epochs, batch=16 if small else 32, lr=lr)
+
+
+class Trainable(Protocol):
+    """A module with an ``encoder``, and the loss of packed rows and their labels."""
+
+    encoder: Encoder
+    loss: Callable[[Tensor, Packing, list, torch.dtype, torch.Generator], Tensor]
 
 
 class _Named:
@@ -64,7 +73,7 @@ def depth_groups(model: nn.Module, layers: int) -> dict[int, dict[str, nn.Parame
 
 
 def train(
-    model: Classifier,
+    model: Trainable,
     rows: list[list[int]],
     labels: list,
     settings: Settings,
@@ -73,6 +82,7 @@ def train(
 ) -> None:
     """Trains on encoded rows; the same seed gives the same weights.
 
+    labels: what ``model.loss`` takes, one a row. The model stays on its device.
     AdamW (0.9, 0.98), eps 1e-6, linear warm-up and decay, no clipping; each depth has the rate
     lr · layer_decay^depth.
     """
@@ -86,16 +96,16 @@ def train(
     groups = depth_groups(model, config.layers)
     optimizers = {depth: AdamW(_Named(group), optim) for depth, group in groups.items()}
     order, dropout = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+    device = next(model.parameters()).device
     model.train()
     waiting: list[int] = []
     for step in range(1, steps + 1):
         while len(waiting) < settings.batch:
             waiting += order.permutation(len(rows)).tolist()
         chosen, waiting = waiting[: settings.batch], waiting[settings.batch :]
-        tokens, packing = packed(
-            [rows[i] for i in chosen], config.sequence_length, seed * 1_000_003 + step
-        )
-        loss = loss_of(model(tokens, packing, settings.dtype, dropout), [labels[i] for i in chosen])
+        own = [rows[i] for i in chosen]
+        tokens, packing = packed(own, config.sequence_length, seed * 1_000_003 + step, device)
+        loss = model.loss(tokens, packing, [labels[i] for i in chosen], settings.dtype, dropout)
         loss.backward()
         rate = learning_rate(step, steps, optim)
         for depth, optimizer in optimizers.items():
@@ -112,10 +122,11 @@ def predict(
     """Logits float32 [N, labels]."""
     model.eval()
     limit = model.encoder.config.sequence_length
+    device = next(model.parameters()).device
     rows = encode(tokenizer, examples, limit)
     found: list[Tensor] = []
     generator = torch.Generator()  # evaluation draws nothing from it
     for first in range(0, len(rows), EVALUATION_BATCH):
-        tokens, packing = packed(rows[first : first + EVALUATION_BATCH], limit, 0)
-        found.append(model(tokens, packing, dtype, generator))
+        tokens, packing = packed(rows[first : first + EVALUATION_BATCH], limit, 0, device)
+        found.append(model(tokens, packing, dtype, generator).cpu())
     return torch.cat(found).numpy()
