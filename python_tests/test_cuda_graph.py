@@ -137,6 +137,21 @@ def test_a_graphed_run_equals_the_eager_run_bit_for_bit(options, text, tmp_path)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("mode", ["on", "off"])
+def test_a_loss_that_explodes_stops_the_run_and_names_the_step(mode, text, tmp_path):
+    """The same step as on the CPU, though it is found at the end of the interval."""
+    found = []
+    for device in ("cpu", "cuda"):
+        graph = mode if device == "cuda" else "off"
+        done = train(
+            tmp_path / device, "--steps", "20", "--optim.lr=1e30", f"--run.device={device}",
+            f"--run.graph={graph}", *text, code=2,
+        )  # fmt: skip
+        found.append(done.stderr.strip().splitlines()[-1].split(":")[:2])
+    assert found[0] == found[1] and found[0][1].startswith(" step ")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_neither_an_eager_step_nor_a_replay_waits():
     run = Run(device=torch.device("cuda"))
     graphed = GraphedStep(run.step, run.device)
