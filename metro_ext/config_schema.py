@@ -175,6 +175,11 @@ class RunConfig(_Section):
     keep_checkpoints: int = _option(2, "newest checkpoints that are kept", minimum=1)
     device: str = _option("auto", "where to train", choices=("auto", "cpu", "cuda"))
     compile: bool = _option(False, "run the model through torch.compile")
+    graph: str = _option(
+        "auto",
+        "a step as one CUDA graph; auto: on CUDA, for one process without compile",
+        choices=("auto", "on", "off"),
+    )
     tensorboard: bool = _option(False, "write TensorBoard events too (needs tensorboard)")
     recompute: str = _option(
         "none",

@@ -49,7 +49,7 @@ class World:
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over all ranks of a tensor on the CPU: one collective."""
+        """The sum over all ranks of a tensor, in place and on its device: one collective."""
         if self.distributed:
             dist.all_reduce(values)
         return values
@@ -106,7 +106,7 @@ def connect(backend: str, timeout: int) -> World:
 
     Args:
         backend: ``gloo``, ``nccl``, or ``auto``: NCCL for tensors on CUDA where there is a device.
-            Small tensors on the CPU go through gloo in any case.
+            Tensors on the CPU go through gloo in any case.
         timeout: seconds after which a process that waits for the others gives up.
 
     Raises:

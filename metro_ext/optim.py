@@ -52,8 +52,15 @@ class AdamW:
             parameter.grad = None
 
     @torch.no_grad()
-    def step(self, rate: float) -> None:
-        """One update at a learning rate; parameters without a gradient stay as they are."""
+    def step(self, rate: float | Tensor, failed: Tensor | None = None) -> None:
+        """One update; parameters without a gradient stay as they are.
+
+        Args:
+            rate: the learning rate. As a tensor [] (float32 on CUDA, float64 on the CPU) it is
+                read when the update runs.
+            failed: float32 [] on the device of the parameters; 1: the update and its count are
+                left out, 0 or None: they are made.
+        """
         for decay in (True, False):
             names = [
                 name
@@ -70,6 +77,7 @@ class AdamW:
                 [],
                 [self.steps[name] for name in names],
                 fused=True,
+                found_inf=failed,
                 amsgrad=False,
                 beta1=self.config.beta1,
                 beta2=self.config.beta2,

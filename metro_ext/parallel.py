@@ -55,9 +55,13 @@ class Local:
         """Around a micro-batch: gradients are exchanged in the step's last one alone."""
         return contextlib.nullcontext()
 
-    def clip(self, max_norm: float) -> float:
-        """Scales the gradients down to `max_norm` over all ranks; returns their norm before."""
-        return float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm))
+    def clip(self, max_norm: float) -> Tensor:
+        """Scales the gradients down to `max_norm` over all ranks.
+
+        Returns:
+            float32 [], their norm before; on the device, and without waiting for it.
+        """
+        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
 
     def whole(self, name: str, part: Tensor) -> Tensor:
         """The whole tensor of which `part` belongs to this rank's part of parameter `name`.
@@ -166,14 +170,14 @@ class Sharded(Local):
             self._root.set_reshard_after_backward(last)
         yield
 
-    def clip(self, max_norm: float) -> float:
+    def clip(self, max_norm: float) -> Tensor:
         sharded = self._parameters.values()
         norm = torch.nn.utils.clip_grad_norm_(sharded, max_norm).full_tensor()
         for name, value in self._parameters.items():
             gradient = value.grad
             self._parts[name].grad = None if gradient is None else gradient.to_local()
             value.grad = None
-        return float(norm)
+        return norm
 
     def whole(self, name: str, part: Tensor) -> Tensor:
         from torch.distributed.tensor import DTensor

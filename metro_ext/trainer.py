@@ -7,8 +7,8 @@ that takes them in turn, up to the rounding of a sum.
 
 import contextlib
 import itertools
-import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,17 +17,18 @@ from torch import Tensor
 from metro_ext import checkpoint
 from metro_ext.batches import BatchSource, evaluation_batches, micro_batch_index, prefetch
 from metro_ext.config import differences, from_dict, to_dict
+from metro_ext.cuda_graph import GraphedStep, wanted
 from metro_ext.distributed import AgreedError, World
 from metro_ext.errors import UserError
 from metro_ext.hardware import choose_device
-from metro_ext.held_out import evaluate, interval_figures, pack
+from metro_ext.held_out import evaluate, interval_figures
 from metro_ext.model import PAD_ID
 from metro_ext.monitor import Monitor
 from metro_ext.objective import Objective, mask_count
-from metro_ext.ops import METRICS
 from metro_ext.optim import AdamW, learning_rate
 from metro_ext.parallel import engine
 from metro_ext.prepare import Prepared, unigram_nats
+from metro_ext.train_step import StepInputs, Tally, TrainStep
 
 CHECKPOINTS = "checkpoints"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -35,7 +36,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 RESUMABLE_KEYS = {
     "run.dir", "run.steps", "run.log_interval", "run.eval_interval", "run.eval_batches",
     "run.checkpoint_interval", "run.keep_checkpoints", "run.tensorboard", "run.recompute",
-    "parallel.mode", "parallel.backend", "parallel.timeout",
+    "run.graph", "parallel.mode", "parallel.backend", "parallel.timeout",
 }  # fmt: skip
 
 
@@ -47,7 +48,8 @@ class Trainer:
         world: this rank among all.
 
     Raises:
-        UserError: a device is missing, or the ranks cannot share the micro-batches of a step.
+        UserError: a device is missing, the ranks cannot share the micro-batches of a step, or
+            run.graph asks for a graph where there can be none.
     """
 
     def __init__(self, prepared: Prepared, world: World):
@@ -56,6 +58,9 @@ class Trainer:
         self.folder = Path(run_config.dir)
         self.device = choose_device(run_config.device, world.local_rank)
         self.dtype = DTYPES[run_config.precision]
+        self.graphed = wanted(
+            run_config.graph, self.device, world.distributed, compiled=run_config.compile
+        )
         if run_config.accumulation % world.size:
             raise UserError(
                 "run.accumulation, the micro-batches of a step, must be a multiple of the number "
@@ -80,8 +85,7 @@ class Trainer:
         self.tokens = 0
         # Of the interval that the next line reports; part of a checkpoint, so that a resumed run
         # writes the same line.
-        self.interval_metrics = torch.zeros(len(METRICS), dtype=torch.float64)
-        self.interval_loss = 0.0
+        self.tally = Tally(self.device)
         self.interval_steps = 0
 
     def train(self, monitor: Monitor) -> None:
@@ -96,59 +100,54 @@ class Trainer:
         depth = 2 * self.accumulation
         with contextlib.closing(prefetch(self.source, indices, depth)) as batches:
             upcoming = list(itertools.islice(batches, self.accumulation))
-            counts = self.world.sum(self._counts(upcoming))
+            inputs = StepInputs(upcoming, self.device)
+            inputs.counts.copy_(self.world.sum(self._counts(upcoming)))
+            take_step = self._prepared_step(inputs)
             for step in range(first + 1, config.steps + 1):
                 current, upcoming = upcoming, list(itertools.islice(batches, self.accumulation))
-                grad_norm, rate, counts = self._optimizer_step(step, current, counts, upcoming)
+                rate = learning_rate(step, config.steps, self.config.optim)
+                inputs.fill(step, current, self._counts(upcoming), rate)
+                take_step()
                 self.step = step
+                self.tokens += config.tokens_per_batch * config.accumulation
+                self.interval_steps += 1
                 last = step == config.steps
-                if step % config.log_interval == 0 or last:
-                    self._log(monitor, grad_norm, rate)
+                log_due = step % config.log_interval == 0 or last
+                evaluation_due = _due(step, config.eval_interval) or last
+                checkpoint_due = _due(step, config.checkpoint_interval) or last
+                # On the CPU there is nothing to wait for.
+                on_cpu = self.device.type == "cpu"
+                if on_cpu or log_due or evaluation_due or checkpoint_due:
+                    self._check_finite()
+                if log_due:
+                    self._log(monitor, rate)
                 monitor.tick(step)
-                if _due(step, config.eval_interval) or last:
+                if evaluation_due:
                     with monitor.untimed():
                         monitor.log_evaluation(step, self.evaluate())
-                if _due(step, config.checkpoint_interval) or last:
+                if checkpoint_due:
                     with monitor.untimed():
                         monitor.sync()
                         self.save()
 
-    def _optimizer_step(
-        self, step: int, batches: list, counts: Tensor, upcoming: list
-    ) -> tuple[float, float, Tensor]:
-        """One update; returns (gradient norm, learning rate, counts of the step that follows).
+    def _prepared_step(self, inputs: StepInputs) -> Callable[[], None]:
+        step = TrainStep(self.config, self.engine, self.optimizer, self.world, inputs, self.tally)
+        return GraphedStep(step, self.device) if self.graphed else step
 
-        counts: float64 [3], see `_counts`, of this step over all ranks. Those of the next step
-            travel with this one's loss and metrics: one small collective a step.
+    def _check_finite(self) -> None:
+        """Waits for the steps so far.
+
+        Raises:
+            AgreedError: the loss or the gradient of one of them was not finite; none has been
+                applied since.
         """
-        rate = learning_rate(step, self.config.run.steps, self.config.optim)
-        denominators = None
-        if self.config.run.accumulation > 1:
-            denominators = counts.to(self.device, torch.float32)
-        self.optimizer.zero_grad()
-        sums = torch.zeros(1 + len(METRICS), dtype=torch.float64)  # loss, metrics
-        for micro, batch in enumerate(batches, 1):
-            tokens, packing = pack(batch, self.device)
-            with self.engine.accumulating(last=micro == len(batches)):
-                out = self.engine.run(self.model, tokens, packing, denominators)
-                out.loss.backward()
-            sums[0] += out.loss.detach().double().cpu()
-            sums[1:] += out.metrics.detach().double().cpu()
-        sums = self.world.sum(torch.cat([sums, self._counts(upcoming)]))
-        loss, metrics, counts = float(sums[0]), *sums[1:].split([len(METRICS), 3])
-        grad_norm = self.engine.clip(self.config.optim.clip_norm or math.inf)
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        step, loss, grad_norm = self.tally.failure.tolist()
+        if step:
             raise AgreedError(
-                f"step {step}: expected a finite loss and gradient, found loss {loss} and "
+                f"step {step:.0f}: expected a finite loss and gradient, found loss {loss} and "
                 f"gradient norm {grad_norm}; try a lower optim.lr or a longer warm-up (checkpoints "
-                f"up to step {step - 1} are in {self.folder / CHECKPOINTS})"
+                f"up to step {step - 1:.0f} are in {self.folder / CHECKPOINTS})"
             )
-        self.optimizer.step(rate)
-        self.tokens += self.config.run.tokens_per_batch * self.config.run.accumulation
-        self.interval_metrics += metrics
-        self.interval_loss += loss
-        self.interval_steps += 1
-        return grad_norm, rate, counts
 
     def _counts(self, batches: list) -> Tensor:
         """float64 [3]: the MLM, RTD and CLM terms in this rank's micro-batches of a step."""
@@ -162,17 +161,23 @@ class Trainer:
         clm = tokens if self.model.objective == "clm-all" else masked
         return torch.tensor([masked, tokens, clm], dtype=torch.float64)
 
-    def _log(self, monitor: Monitor, grad_norm: float, rate: float) -> None:
-        figures = interval_figures(self.interval_metrics)
+    def _log(self, monitor: Monitor, rate: float) -> None:
+        loss, metrics = self._interval()
+        figures = interval_figures(metrics)
         figures |= {
-            "loss": self.interval_loss / self.interval_steps,
-            "grad_norm": grad_norm,
+            "loss": loss / self.interval_steps,
+            "grad_norm": float(self.tally.norm),
             "lr": rate,
             "tokens": self.tokens,
         }
         monitor.log(self.step, figures)
-        self.interval_metrics.zero_()
-        self.interval_loss, self.interval_steps = 0.0, 0
+        self.tally.sums.zero_()
+        self.interval_steps = 0
+
+    def _interval(self) -> tuple[float, Tensor]:
+        """(loss, metrics float64 [12] on the CPU), summed over the steps of the interval."""
+        sums = self.tally.sums.cpu()
+        return float(sums[0]), sums[1:].clone()
 
     def evaluate(self) -> dict[str, float | None]:
         """Figures on the held-out corpus; every rank computes them all, so that none can differ."""
@@ -191,11 +196,11 @@ class Trainer:
             whole = self.engine.whole(name, part)
             if self.world.is_first:  # the others only take part in gathering
                 tensors[key] = whole.cpu() if self.world.distributed else whole
-        tensors["interval.metrics"] = self.interval_metrics
+        loss, tensors["interval.metrics"] = self._interval()
         state = {
             "config": to_dict(self.config),
             "tokens": self.tokens,
-            "interval_loss": self.interval_loss,
+            "interval_loss": loss,
             "interval_steps": self.interval_steps,
             "tokenizer_sha256": self.prepared.tokenizer.sha256,
         }
@@ -232,8 +237,8 @@ class Trainer:
         with torch.no_grad():
             for key, name, part in self._parts():
                 part.copy_(self.engine.part(name, found.tensors[key]))
-        self.interval_metrics = found.tensors["interval.metrics"]
-        self.interval_loss = found.state["interval_loss"]
+        self.tally.sums[1:].copy_(found.tensors["interval.metrics"])
+        self.tally.sums[0] = found.state["interval_loss"]
         self.interval_steps = found.state["interval_steps"]
         self.step, self.tokens = found.step, found.state["tokens"]
         return True

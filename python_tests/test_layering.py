@@ -11,13 +11,14 @@ PACKAGE = Path(metro_ext.__file__).parent
 LAYERS = [
     {"errors", "atomic", "sample_text", "recipes"},
     {"command_line", "ops", "config_schema", "text_files", "monitor", "hardware"},
-    {"tokenizer", "presets", "checkpoint", "info", "distributed"},
+    {"tokenizer", "presets", "checkpoint", "info", "distributed", "cuda_graph"},
     {"corpus_format", "config", "model", "plot", "tokenizer_json"},
     {"corpus_build"},
     {"corpus"},
     {"batches", "prepare"},
     {"objective", "optim", "mpnet"},
     {"held_out", "pretrained", "parallel", "plan_memory"},
+    {"train_step"},
     {"plan_time", "trainer", "inspect", "export", "hf", "finetune", "evaluate"},
     {"import_mpnet", "plan", "train"},
 ]

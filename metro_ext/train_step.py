@@ -1,0 +1,154 @@
+"""One optimizer step on memory that stays in place; nothing in it waits for the device.
+
+What a step reads is filled in before (`StepInputs`), what it finds out is added up on the device
+(`Tally`) and read when there is something to report. That a step is a function without arguments
+also makes it fit for a CUDA graph (`metro_ext.cuda_graph`).
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from metro_ext.batches import Batch
+from metro_ext.config import Config
+from metro_ext.distributed import World
+from metro_ext.held_out import pack
+from metro_ext.model import Packing
+from metro_ext.ops import METRICS
+from metro_ext.optim import AdamW
+from metro_ext.parallel import Local
+
+PARTS = 3  # what a loss is divided by: the MLM, RTD and CLM terms of a step
+
+
+class StepInputs:
+    """What a step reads, at addresses that never change.
+
+    batches: the step's micro-batches, (int64 tokens [T], packing) each.
+    counts: float64 [3], the MLM, RTD and CLM terms of this step over all ranks. The step replaces
+        them by those of the next one.
+    upcoming: float64 [3], the terms of the next step in this rank's micro-batches.
+    rate: [], the learning rate; float64 on the CPU, where AdamW reads a number, and float32 on
+        CUDA, where its kernel reads that.
+    number: float64 [], the step's number, from 1.
+
+    Args:
+        batches: the micro-batches of any step, for their shapes.
+        device: of the memory.
+    """
+
+    def __init__(self, batches: Sequence[Batch], device: torch.device):
+        self.batches = [_own_memory(*pack(batch, device)) for batch in batches]
+        self.counts = torch.zeros(PARTS, dtype=torch.float64, device=device)
+        self.upcoming = torch.zeros_like(self.counts)
+        rate = torch.float32 if device.type == "cuda" else torch.float64
+        self.rate = torch.zeros((), dtype=rate, device=device)
+        self.number = torch.zeros((), dtype=torch.float64, device=device)
+
+    def fill(self, number: int, batches: Sequence[Batch], upcoming: Tensor, rate: float) -> None:
+        """Copies the inputs of step `number` in; every batch has the shapes of the first one.
+
+        Raises:
+            ValueError: it has not.
+        """
+        for (tokens, packing), batch in zip(self.batches, batches, strict=True):
+            if batch.max_seqlen != packing.max_seqlen:
+                raise ValueError(
+                    f"StepInputs: expected a max_seqlen of {packing.max_seqlen}, "
+                    f"found {batch.max_seqlen}"
+                )
+            _overwrite(tokens, batch.tokens)
+            _overwrite(packing.positions, batch.positions)
+            _overwrite(packing.cu_seqlens, batch.cu_seqlens)
+            _overwrite(packing.seed, batch.seed)
+        _overwrite(self.upcoming, upcoming)
+        self.rate.fill_(rate)
+        self.number.fill_(number)
+
+
+# On the CPU `pack` gives the batch's own tensors.
+def _own_memory(tokens: Tensor, packing: Packing) -> tuple[Tensor, Packing]:
+    parts = packing.positions.clone(), packing.cu_seqlens.clone()
+    return tokens.clone(), Packing(*parts, packing.max_seqlen, packing.seed.clone())
+
+
+def _overwrite(static: Tensor, new: Tensor) -> None:
+    if static.shape != new.shape or static.dtype != new.dtype:  # copy_ would broadcast or convert
+        raise ValueError(
+            f"StepInputs: expected {static.dtype} of shape {list(static.shape)}, "
+            f"found {new.dtype} of shape {list(new.shape)}"
+        )
+    if static.is_cuda:
+        new = new.pin_memory()  # a copy from pageable memory waits for the device
+    static.copy_(new, non_blocking=True)
+
+
+class Tally:
+    """What the steps since the last report amount to, on their device.
+
+    sums: float64 [13], the losses and the metrics (`METRICS`) of the steps, added up.
+    norm: float32 [], the gradient norm of the last step.
+    failure: float64 [3], number, loss and gradient norm of the first step at which either was not
+        finite; number 0: none was. From that step on nothing is updated.
+    """
+
+    def __init__(self, device: torch.device):
+        self.sums = torch.zeros(1 + len(METRICS), dtype=torch.float64, device=device)
+        self.norm = torch.zeros((), dtype=torch.float32, device=device)
+        self.failure = torch.zeros(3, dtype=torch.float64, device=device)
+
+    def add(self, number: Tensor, sums: Tensor, norm: Tensor) -> Tensor:
+        """Adds a step; float32 [], 1 if it or one before it failed, else 0."""
+        self.sums += sums
+        self.norm.copy_(norm)
+        now = torch.stack([number, sums[0], norm.double()])
+        is_first = ~torch.isfinite(now).all() & (self.failure[0] == 0)
+        self.failure.copy_(torch.where(is_first, now, self.failure))
+        return (self.failure[0] != 0).float()
+
+
+class TrainStep:
+    """Gradients of the micro-batches, clipping and the update, from `inputs` into `tally`.
+
+    Args:
+        config: of the run.
+        engine: the model, as it is spread over the ranks.
+        optimizer: over the engine's parameters.
+        world: this rank among all; sums are taken over it.
+        inputs: read, but for `counts`.
+        tally: added to.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        engine: Local,
+        optimizer: AdamW,
+        world: World,
+        inputs: StepInputs,
+        tally: Tally,
+    ):
+        self.engine, self.optimizer, self.world = engine, optimizer, world
+        self.inputs, self.tally = inputs, tally
+        self.max_norm = config.optim.clip_norm or math.inf
+        self.has_parts = config.run.accumulation > 1  # then no micro-batch knows a step's counts
+
+    def __call__(self) -> None:
+        inputs = self.inputs
+        denominators = inputs.counts.float() if self.has_parts else None
+        self.optimizer.zero_grad()
+        sums = torch.zeros_like(self.tally.sums)
+        for micro, (tokens, packing) in enumerate(inputs.batches, 1):
+            with self.engine.accumulating(last=micro == len(inputs.batches)):
+                out = self.engine.run(self.engine.model, tokens, packing, denominators)
+                out.loss.backward()
+            sums[0] += out.loss.detach().double()
+            sums[1:] += out.metrics.detach().double()
+        # The next step's counts travel with this one's figures: one small collective a step.
+        sums, counts = self.world.sum(torch.cat([sums, inputs.upcoming])).split([len(sums), PARTS])
+        inputs.counts.copy_(counts)
+        norm = self.engine.clip(self.max_norm)
+        failed = self.tally.add(inputs.number, sums, norm)
+        self.optimizer.step(inputs.rate, failed)
