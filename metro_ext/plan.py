@@ -129,7 +129,7 @@ def report(config: Config, gpus: int, gpu_name: str, tokens: float | None = None
         f"memory for a plan {_gib(usable_memory(gpu))} of {_gib(gpu.memory)} a GPU; "
         f"collectives {exchange_rate(gpus, gpu) / 1e9:.0f} GB/s",
         "",
-        _table(config, fitting, found, total, gpu),
+        _table(config, fitting, found, total),
         "",
         f"fastest that fits: {options(config, fitting[0].layout)}",
         *_detail(config, fitting[0], total, gpu),
@@ -141,7 +141,7 @@ def report(config: Config, gpus: int, gpu_name: str, tokens: float | None = None
     return "\n".join(lines)
 
 
-def _table(config: Config, fitting: list[Plan], found: list[Plan], total: float, gpu: Gpu) -> str:
+def _table(config: Config, fitting: list[Plan], found: list[Plan], total: float) -> str:
     """Each engine's fastest layout that fits, or the smallest of one that does not."""
     lines = [
         "GiB a GPU  recompute  micro-batch  weights  gradients  optimizer  activations   head  "
@@ -169,6 +169,7 @@ def _table(config: Config, fitting: list[Plan], found: list[Plan], total: float,
 
 def _detail(config: Config, plan: Plan, total: float, gpu: Gpu) -> list[str]:
     time, layout, rate = plan.time, plan.layout, _rate(config, plan)
+    peak = gpu.rate(config.run.precision)
     useful = flops_per_token(config.model, config.objective) * rate / layout.gpus
     tokens = layout.sequences * config.model.sequence_length
     executed = executed_flops(config.model, config.objective, tokens, layout.recompute)
@@ -177,7 +178,7 @@ def _detail(config: Config, plan: Plan, total: float, gpu: Gpu) -> list[str]:
         f"  step {time.total:.3f} s: compute {time.compute:.3f}, exchange not hidden "
         f"{time.exposed:.3f}, optimizer {time.optimizer:.3f}",
         f"  {rate:.0f} tokens/s ({rate / layout.gpus:.0f} a GPU), model FLOPs utilisation "
-        f"{useful / gpu.matrix:.1%}, hardware utilisation {executed_rate / gpu.matrix:.1%}",
+        f"{useful / peak:.1%}, hardware utilisation {executed_rate / peak:.1%}",
         f"  {total / rate / SECONDS_A_DAY:.1f} days, "
         f"{total / rate / SECONDS_A_DAY * 24 * layout.gpus:.0f} GPU hours",
     ]
@@ -190,7 +191,8 @@ def _rate(config: Config, plan: Plan) -> float:
 
 def _sheet(gpu: Gpu) -> str:
     return (
-        f"{_gib(gpu.memory)} at {gpu.traffic / 1e12:g} TB/s, bf16 {gpu.matrix / 1e12:g} TFLOP/s, "
+        f"{_gib(gpu.memory)} at {gpu.traffic / 1e12:g} TB/s, TFLOP/s: bf16 {gpu.matrix / 1e12:g}, "
+        f"fp32 {gpu.single / 1e12:g}, "
         f"attention {gpu.attention_forward / 1e12:g} forward and {gpu.attention_backward / 1e12:g} "
         f"backward, NVLink {gpu.link / 1e9:g} GB/s, network {gpu.network / 1e9:g} GB/s"
     )

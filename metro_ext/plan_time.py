@@ -20,6 +20,7 @@ class Gpu:
 
     memory: bytes that torch finds on it.
     matrix: dense bf16 tensor-core FLOP/s.
+    single: float32 FLOP/s, without tensor cores, as torch multiplies by default.
     attention_forward, attention_backward: FLOP/s of FlashAttention, head size 64, 512 tokens.
     traffic: bytes/s of its memory.
     link: bytes/s a direction between the GPUs of a node (NVLink).
@@ -28,15 +29,21 @@ class Gpu:
 
     memory: float
     matrix: float
+    single: float
     attention_forward: float
     attention_backward: float
     traffic: float
     link: float
     network: float
 
+    def rate(self, precision: str) -> float:
+        """FLOP/s of products in ``run.precision``."""
+        return self.matrix if precision == "bf16" else self.single
+
 
 _HOPPER = {
     "matrix": 989e12,
+    "single": 67e12,
     "attention_forward": 333e12,
     "attention_backward": 272e12,
     "link": 450e9,
@@ -44,7 +51,7 @@ _HOPPER = {
 }
 GPUS = {
     # 200 Gbit/s adapters.
-    "a100-80g": Gpu(79 * 2**30, 312e12, 136e12, 79e12, 2.04e12, 300e9, 25e9),
+    "a100-80g": Gpu(79 * 2**30, 312e12, 19.5e12, 136e12, 79e12, 2.04e12, 300e9, 25e9),
     "h100": Gpu(memory=79 * 2**30, traffic=3.35e12, **_HOPPER),
     "h200": Gpu(memory=139 * 2**30, traffic=4.8e12, **_HOPPER),
 }
@@ -161,9 +168,13 @@ def _micro_batch(
     flops = executed_flops(model, objective, tokens, layout.recompute)
     narrow = model.hidden <= NARROW_HIDDEN
     efficiency = NARROW_EFFICIENCY if narrow else MATRIX_EFFICIENCY
-    products = flops["matrix"] / (gpu.matrix * efficiency)
-    products += flops["attention_forward"] / gpu.attention_forward
-    products += flops["attention_backward"] / gpu.attention_backward
+    rate = gpu.rate(precision) * efficiency
+    products = flops["matrix"] / rate
+    if precision == "bf16":
+        products += flops["attention_forward"] / gpu.attention_forward
+        products += flops["attention_backward"] / gpu.attention_backward
+    else:
+        products += (flops["attention_forward"] + flops["attention_backward"]) / rate
     aux = model.aux_layers if objective.name != "mlm" else 0
     layers = model.layers + aux
     again = recomputed_layers(model.layers, layout.recompute)

@@ -290,6 +290,8 @@ def test_times_move_as_they_must():
     assert total(plain, "a100-80g") > 2 * total(plain)
     assert total(plain, "h200") < total(plain)
     assert total(dataclasses.replace(plain, accumulation=4)) < 4 * total(plain)
+    single = step_time(config.model, config.objective, "fp32", plain, GPUS["h100"]).total
+    assert single > 5 * total(plain)
     small = dataclasses.replace(plain, sequences=1)  # hides little of the exchange
     assert total(dataclasses.replace(small, gpus=1)) < total(dataclasses.replace(small, gpus=8))
     assert total(dataclasses.replace(small, gpus=8)) < total(small)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Pretrains a size on the GPUs of this machine; run again after a failure, it resumes.
-#   single_node.sh SIZE [option of metro_ext.train ...]     SIZE: base, base++, large++, xl, xxl
+#   bash single_node.sh SIZE [option of metro_ext.train ...]     SIZE: base, base++, large++, xl, xxl
 # Corpus and tokenizer are looked for where the recipe says, from the current folder.
 set -euo pipefail
 
