@@ -137,7 +137,9 @@ def sharded_peaks(shape: str) -> None:
             optimizer.zero_grad()
             held = sum(part.numel() * 4 for _, part in sharded.named_parameters())
             held += sum(state.numel() * 4 for state in optimizer.tensors().values())
-            measured = held + allocated_peak(step)
+            # Gloo frees a message when its thread gets to it: the least of a few steps is what the
+            # step itself holds.
+            measured = held + min(allocated_peak(step) for _ in range(5))
             layout = Layout(mode, world.size, "none", sequences, accumulation)
             planned = peak_memory(model, config.objective, "fp32", layout, device="cpu")
             if world.is_first:

@@ -103,10 +103,11 @@ def test_scripts_start_the_trainer(name, tmp_path):
     environment = os.environ | {
         "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
         "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2", "SLURM_JOB_ID": "1234567",
+        "PYTHONPATH": str(FOLDER.parents[1]),  # the package under test, from any folder
     }  # fmt: skip
     done = subprocess.run(
         ["bash", FOLDER / name, "large++", "--run.steps=7"],
-        capture_output=True, text=True, env=environment,
+        capture_output=True, text=True, env=environment, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     words = done.stdout.splitlines()
