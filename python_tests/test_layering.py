@@ -10,8 +10,8 @@ PACKAGE = Path(metro_ext.__file__).parent
 # One direction: a module may import modules of earlier rows (and of its own row, where listed).
 LAYERS = [
     {"errors", "atomic", "sample_text", "recipes"},
-    {"command_line", "ops", "config_schema", "text_files", "monitor", "hardware"},
-    {"tokenizer", "presets", "checkpoint", "info", "distributed", "cuda_graph"},
+    {"command_line", "ops", "config_schema", "text_files", "monitor"},
+    {"tokenizer", "presets", "checkpoint", "info", "distributed", "hardware", "cuda_graph"},
     {"corpus_format", "config", "model", "plot", "tokenizer_json"},
     {"corpus_build"},
     {"corpus"},
