@@ -12,24 +12,9 @@ constexpr int64_t kTile = kAttentionTile;
 constexpr int kTileVectors = kTile / kLanes;
 static_assert(kAttentionPad % kLanes == 0 && kAttentionPad % kStripRows == 0 &&
               kTile % kAttentionPad == 0);
+// Scores are kept in units of ln 2 (times log2 e), so that a probability is a power of two.
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLn2 = 0.693147181f;
-
-// Scores are kept in units of ln 2 (times log2 e), so that a probability is a power of two.
-// 2^x for x ≤ 120, relative error 1e-7; 0 below -127. NaN stays NaN.
-inline vf exp2(vf x) {
-  const vf shift = set(12582912.0f + 127.0f);  // 1.5 · 2²³ + exponent bias
-  x = max(set(-127.0f), x);
-  const vf shifted = x + shift;
-  const vf r = x - (shifted - shift);
-  vf poly = set(1.32647273e-3f);
-  poly = fma(poly, r, set(9.67151299e-3f));
-  poly = fma(poly, r, set(5.55073359e-2f));
-  poly = fma(poly, r, set(2.40222424e-1f));
-  poly = fma(poly, r, set(6.93147004e-1f));
-  poly = fma(poly, r, set(1.0f));
-  return poly * bits_to_float(float_to_bits(shifted) << 23);
-}
 
 inline bool any(vi mask) {
 #if defined(__AVX512F__)

@@ -71,29 +71,17 @@ inline vu64 multiply_lower(vu64 a, uint64_t m) {
 #endif
 }
 
-// The calls first, first + 1, ... , first + kLanes/2 - 1, written out in order, four words each.
-inline void philox_in_order(uint64_t seed, uint64_t first, uint32_t c1, uint32_t c2, uint32_t c3,
-                            bool index_is_64_bit, uint16_t* out) {
-  // Even lanes hold the first half of the calls, odd lanes the second: interleaving the finished
-  // pairs of words within 128 bits then puts the calls in order.
-  vu64 index{};
-  for (int i = 0; i < kLanes / 2; ++i) {
-    index[i] = static_cast<uint64_t>(i / 2 + (i & 1) * (kLanes / 4));
-  }
-  index += first;
-  vu64 a = index, c = vu64{} + c2, d = vu64{} + c3;
-  vu64 b = index_is_64_bit ? index >> 32 : vu64{} + c1;
-  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-  for (int round = 0; round < kPhiloxRounds; ++round) {
-    const vu64 p0 = multiply_lower(a, kPhiloxM0), p1 = multiply_lower(c, kPhiloxM1);
-    a = (p1 >> 32) ^ b ^ k0;
-    c = (p0 >> 32) ^ d ^ k1;
-    b = p1;
-    d = p0;
-    k0 += kPhiloxW0;
-    k1 += kPhiloxW1;
-  }
-  const vu64 ab = (b << 32) | (a & 0xffffffffu), cd = (d << 32) | (c & 0xffffffffu);
+inline vu64 exclusive_or(vu64 a, vu64 b, uint64_t c) {
+#if defined(__AVX512F__)
+  return (vu64)_mm512_ternarylogic_epi64((__m512i)a, (__m512i)b,
+                                         _mm512_set1_epi64(static_cast<int64_t>(c)), 0x96);
+#else
+  return a ^ b ^ c;
+#endif
+}
+
+// Pairs of words as they are drawn, into the order of the calls: see half_words.
+inline void store_in_order(vu64 ab, vu64 cd, uint16_t* out) {
 #if defined(__AVX512F__)
   const __m512i halves[2] = {_mm512_unpacklo_epi64((__m512i)ab, (__m512i)cd),
                              _mm512_unpackhi_epi64((__m512i)ab, (__m512i)cd)};
@@ -108,13 +96,50 @@ inline void philox_in_order(uint64_t seed, uint64_t first, uint32_t c1, uint32_t
 #endif
 }
 
-// The 16-bit numbers of kLanes consecutive calls, c0 = first, first + 1, ...: what decides over
-// dropout for 8·kLanes consecutive elements, in their order. With a 64-bit index, its upper half is
-// the second counter word in place of c1.
+// The 16-bit numbers of the calls c0 = first, first + 1, ..., first + kChains · kLanes / 2 - 1:
+// what decides over dropout for 4 · kChains · kLanes consecutive elements, in their order. With a
+// 64-bit index, its upper half is the second counter word in place of c1. The rounds of a call
+// depend on each other; several chains hide their latency.
+template <int kChains = 2>
 inline void half_words(uint64_t seed, uint64_t first, uint32_t c1, uint32_t c2, uint32_t c3,
                        uint16_t* out, bool index_is_64_bit = true) {
-  philox_in_order(seed, first, c1, c2, c3, index_is_64_bit, out);
-  philox_in_order(seed, first + kLanes / 2, c1, c2, c3, index_is_64_bit, out + 4 * kLanes);
+  // Even lanes hold the first half of the calls, odd lanes the second: interleaving the finished
+  // pairs of words within 128 bits then puts the calls in order.
+  uint64_t places[kLanes / 2];
+#pragma GCC unroll 8
+  for (int i = 0; i < kLanes / 2; ++i) {
+    places[i] = static_cast<uint64_t>(i / 2 + (i & 1) * (kLanes / 4));
+  }
+  vu64 index;
+  memcpy(&index, places, sizeof(index));
+  index += first;
+  vu64 a[kChains], b[kChains], c[kChains], d[kChains];
+#pragma GCC unroll 4
+  for (int k = 0; k < kChains; ++k) {
+    a[k] = index + static_cast<uint64_t>(k * kLanes / 2);
+    b[k] = index_is_64_bit ? a[k] >> 32 : vu64{} + c1;
+    c[k] = vu64{} + c2;
+    d[k] = vu64{} + c3;
+  }
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+#pragma GCC unroll 1  // else the round keys fill the registers
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+#pragma GCC unroll 4
+    for (int k = 0; k < kChains; ++k) {
+      const vu64 p0 = multiply_lower(a[k], kPhiloxM0), p1 = multiply_lower(c[k], kPhiloxM1);
+      a[k] = exclusive_or(p1 >> 32, b[k], k0);
+      c[k] = exclusive_or(p0 >> 32, d[k], k1);
+      b[k] = p1;
+      d[k] = p0;
+    }
+    k0 += kPhiloxW0;
+    k1 += kPhiloxW1;
+  }
+#pragma GCC unroll 4
+  for (int k = 0; k < kChains; ++k) {
+    store_in_order((b[k] << 32) | (a[k] & 0xffffffffu), (d[k] << 32) | (c[k] & 0xffffffffu),
+                   out + k * 4 * kLanes);
+  }
 }
 
 // Where the 16-bit numbers are at least `threshold`: the elements that dropout keeps.

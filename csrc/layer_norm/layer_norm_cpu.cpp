@@ -12,6 +12,9 @@ constexpr int64_t kGrainElements = 16384;
 // Sums run in this many independent chains, which hides the latency of the additions.
 constexpr int kChains = 4;
 
+// Elements whose dropout is drawn at a time, in as many chains.
+constexpr int kBatch = 4 * kChains * kLanes;
+
 #define METRO_INLINE __attribute__((always_inline))
 
 // Calls body(col, left, chain) for the vectors of the columns begin..end; `left` elements of the
@@ -31,7 +34,7 @@ METRO_INLINE inline float reduce_chains(const vf* sums) {
 }
 
 // Calls body(col, left, chain, keep) for the vectors of a row, where keep(x) is x after dropout.
-// One batch of random numbers serves 8·kLanes elements; rows whose length is no multiple of 8 begin
+// One batch of random numbers serves kBatch elements; rows whose length is no multiple of 8 begin
 // inside a Philox call, and their first batch is that much shorter.
 template <typename Params, typename Body>
 METRO_INLINE inline void each_vector_with_dropout(const Params& p, int64_t row, const Body& body) {
@@ -44,13 +47,14 @@ METRO_INLINE inline void each_vector_with_dropout(const Params& p, int64_t row, 
   const vf scale = set(p.dropout.scale);
   const uint64_t seed = static_cast<uint64_t>(*p.seed);
   const uint32_t purpose = counter_word(Purpose::kHiddenDropout, p.draw);
-  uint16_t numbers[9 * kLanes] = {};  // a last partial vector reads past the batch
+  uint16_t numbers[kBatch + kLanes];
+  memset(numbers + kBatch, 0, 2 * kLanes);  // a last partial vector reads past the batch
   for (int64_t begin = 0; begin < p.cols;) {
     const int64_t element = row * p.cols + begin;
     const int64_t offset = element % 8;
-    const int64_t batch_end = begin + 8 * kLanes - offset;
+    const int64_t batch_end = begin + kBatch - offset;
     const int64_t end = batch_end < p.cols ? batch_end : p.cols;
-    half_words(seed, static_cast<uint64_t>(element / 8), 0, purpose, 0, numbers);
+    half_words<kChains>(seed, static_cast<uint64_t>(element / 8), 0, purpose, 0, numbers);
     each_vector(begin, end, [&](int64_t col, int64_t left, int chain) METRO_INLINE {
       const vi kept = at_least(numbers + offset + (col - begin), p.dropout.threshold);
       body(col, left, chain, [&](vf x) METRO_INLINE { return select(kept, x * scale, vf{}); });

@@ -139,6 +139,7 @@ def _setup_context(ctx, inputs, output):
     qkv, cu_seqlens, bias, ctx.max_seqlen, seed, ctx.p, ctx.draw = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)  # no zeros for `lse`
     ctx.save_for_backward(qkv, out, lse, cu_seqlens, bias, seed)
 
 

@@ -67,6 +67,7 @@ def _setup_context(ctx, inputs, output):
     _, sum, mean, rstd = output
     ctx.has_bias, ctx.has_residual = bias is not None, residual is not None
     ctx.mark_non_differentiable(sum, mean, rstd)
+    ctx.set_materialize_grads(False)  # those of `sum` would be zeros of its size
     ctx.save_for_backward(sum, mean, rstd, weight, seed)
 
 

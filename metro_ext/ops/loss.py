@@ -78,6 +78,7 @@ def _setup_context(ctx, inputs, output):
     _, _, mlm_target, _, _, label, _, _, clm_target, denominators, *ctx.weights = inputs
     _, metrics = output
     ctx.mark_non_differentiable(metrics)
+    ctx.set_materialize_grads(False)  # no zeros for the figures
     ctx.save_for_backward(metrics, mlm_target, label, clm_target, denominators)
 
 
