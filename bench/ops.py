@@ -5,10 +5,15 @@
 Each case is timed forward (without gradient) and, where it has a gradient, forward and backward
 together. Inputs come from memory and not from a cache, as in a training step: on the CPU, calls
 take turns over copies of them that no cache holds together; on CUDA the cache is overwritten before
-each call. Each contender of a case is a process of its own; ``peak_mb`` is what a call needs at its
-peak beyond what was held before it: outputs and gradients (``results_mb``, which no implementation
-can do without) and whatever is temporary. Floors: bytes over the measured copy bandwidth or FLOPs
-over the measured matrix rate, whichever is the longer.
+each call. Each contender of a family is a process of its own, which keeps the memory that it frees,
+as `metro_ext.train` does: an output that the system maps and zeroes anew at every call costs more
+than most kernels (``--fresh-memory`` shows it). ``peak_mb`` is what a call needs at its peak beyond
+what was held before it: outputs and gradients (``results_mb``, which no implementation can do
+without) and whatever is temporary. Floors: bytes over the measured copy bandwidth or FLOPs over the
+measured matrix rate, whichever is the longer.
+
+A family is measured in about a minute; each may have a file of its own, as in
+``python bench/ops.py attention --output ops-attention.json``.
 """
 
 import argparse
@@ -33,18 +38,20 @@ from bench.timing import (
     Stopwatch,
     interleave,
     medians,
-    peak_memory,
-    start_peak,
+    peak_of_call,
 )
 from bench.workers import Worker, WorkerError, serve
 from metro_ext.command_line import run
 from metro_ext.errors import UserError
+from metro_ext.hardware import keep_freed_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int64": torch.int64}
 FORWARD, BOTH = "forward", "forward + backward"
 CEILINGS = "ceilings"
 COLD_BYTES = 128 << 20  # several times a last-level cache
 MOST_COPIES = 64
+PAUSE_SECONDS = 0.02
+SHORT_SECONDS = 0.05  # longer calls do not notice how they begin
 # Of the matrix rate: a square product, and one as tall as a batch.
 MATRIX_SHAPES = {
     "cpu": ((2048, 2048, 2048), (4096, 3072, 768)),
@@ -62,16 +69,21 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("families", nargs="*", metavar="FAMILY", help=f"{names} (default: all)")
     parser.add_argument("--dtype", choices=("bf16", "fp32", "both"), default="both")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--rounds", type=int, default=15, help="timed rounds (15)")
-    parser.add_argument("--warmup", type=int, default=3, help="rounds before (3)")
+    parser.add_argument("--rounds", type=int, default=15, help="timed rounds, at most (15)")
+    parser.add_argument("--warmup", type=int, default=1, help="rounds before (1)")
+    parser.add_argument(
+        "--seconds", type=float, default=10.0, help="a case in a mode, after five rounds (10)"
+    )
     parser.add_argument("--threads", type=int, help="CPU threads (torch's default)")
     parser.add_argument(
         "--small", action="store_true", help="tiny shapes: does everything run? times mean nothing"
     )
+    parser.add_argument(
+        "--fresh-memory", action="store_true", help="on the CPU, map every large output anew"
+    )
     parser.add_argument("--no-compile", action="store_true", help="leave compiled peers out")
     parser.add_argument("--output", metavar="FILE", help="write the JSON too, to bench/results")
-    for name in ("--worker", "--case", "--case-dtype"):
-        parser.add_argument(name, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     options.dtype = ["bf16", "fp32"] if options.dtype == "both" else [options.dtype]
     for family in options.families:
@@ -87,8 +99,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 class Bench:
     """One contender of one case, in its worker."""
 
-    def __init__(self, case: OpCase, contender: Contender, dtype: str, device: torch.device):
-        self.case, self.device = case, device
+    def __init__(
+        self,
+        case: OpCase,
+        contender: Contender,
+        dtype: str,
+        device: torch.device,
+        fresh_memory: bool = False,
+    ):
+        self.case, self.device, self.fresh_memory = case, device, fresh_memory
         inputs = case.inputs(DTYPES[dtype], device)
         if contender.as_activations:
             inputs = _as_activations(inputs, case.activations)
@@ -105,7 +124,7 @@ class Bench:
         self.leaves_out_work = bool(contender.lesser)
         self.watch = Stopwatch(device, evict=device.type == "cuda")
         self.grad_out: Tensor | None = None
-        self.held: int | None = None
+        self.seconds = 0.0  # of the last call
 
     def forward(self) -> tuple[Any, ...]:
         with torch.no_grad():
@@ -120,22 +139,26 @@ class Bench:
         )
         return *out, *gradients
 
-    def prepare(self, mode: str) -> float | None:
-        """Runs twice, then begins the peak; returns the bytes of what a call gives back, in MB."""
+    def prepare(self, mode: str) -> tuple[float, float | None]:
+        """Compiles; returns MB of what a call gives back, and of its peak beyond what was held."""
         if mode == BOTH and self.grad_out is None:
             self.grad_out = torch.ones_like(self.forward()[0])
         call = self._call(mode)
         call()  # compiles, and fills whatever is kept between calls
         results = sum(t.numel() * t.element_size() for t in call() if isinstance(t, Tensor))
-        self.held = start_peak(self.device)
-        return results / 1e6
+        peak = peak_of_call(self.device, call)
+        if not self.fresh_memory:
+            keep_freed_memory()
+        return results / 1e6, None if peak is None else peak / 1e6
 
     def run(self, mode: str) -> float:
-        return self.watch.time(self._call(mode))
-
-    def peak(self) -> float | None:
-        """MB of the highest moment since `prepare`, beyond what was held then."""
-        return None if self.held is None else (peak_memory(self.device) - self.held) / 1e6
+        """Seconds of a call. On the CPU a short one follows another, as in a step: the threads of
+        the pool are awake, and on cores of their own."""
+        call = self._call(mode)
+        if self.device.type == "cpu" and self.seconds < SHORT_SECONDS:
+            call()
+        self.seconds = self.watch.time(call)
+        return self.seconds
 
     def _call(self, mode: str) -> Callable[[], tuple[Any, ...]]:
         return self.both if mode == BOTH else self.forward
@@ -162,27 +185,28 @@ def _as_activations(inputs: Inputs, activations: str) -> Inputs:
 
 
 def work(options: argparse.Namespace) -> None:
-    """A worker's life: one contender of one case, or the ceilings."""
+    """A worker's life: one contender of a family, or the ceilings."""
     if options.threads:
         torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     if options.worker == CEILINGS:
         serve(_ceiling_methods(options, device))
         return
-    case = next(c for c in all_cases(options.device, options.small) if c.name == options.case)
+    cases = {case.name: case for case in all_cases(options.device, options.small)}
     bench: Bench
 
-    def prepare(mode: str) -> float | None:
+    def build(case: str, dtype: str) -> None:
         nonlocal bench
-        if mode == FORWARD:
-            bench = Bench(case, case.contenders[options.worker], options.case_dtype, device)
-        return bench.prepare(mode)
+        # Graphs are kept by code object, a few for each: those of earlier cases would count.
+        torch.compiler.reset()
+        contender = cases[case].contenders[options.worker]
+        bench = Bench(cases[case], contender, dtype, device, options.fresh_memory)
 
     serve(
         {
-            "prepare": prepare,
+            "build": build,
+            "prepare": lambda mode: bench.prepare(mode),
             "run": lambda mode: bench.run(mode),
-            "peak": lambda: bench.peak(),
         }
     )
 
@@ -204,44 +228,72 @@ def _ceiling_methods(options: argparse.Namespace, device: torch.device) -> dict[
     return {"measure": measure, "threads": torch.get_num_threads}
 
 
+class Crew:
+    """The contenders of a family, each in one process from its first case on."""
+
+    def __init__(self, stack: ExitStack, argv: Sequence[str]):
+        self.stack, self.argv = stack, argv
+        self.workers: dict[str, Worker] = {}
+
+    def call(self, name: str, method: str, **arguments: Any) -> Any:
+        if name not in self.workers:
+            worker = Worker("bench.ops", name, self.argv)
+            self.workers[name] = self.stack.enter_context(worker)
+        return self.workers[name].call(method, **arguments)
+
+    def dismiss(self, name: str) -> None:
+        """The next case gets a new process."""
+        self.workers.pop(name).close()
+
+
 def measure_case(
-    case: OpCase, dtype: str, options: argparse.Namespace, ceilings: dict[str, float]
+    case: OpCase, dtype: str, crew: Crew, options: argparse.Namespace, ceilings: dict[str, float]
 ) -> list[Case]:
     """All contenders of a case in turns: the forward pass, then both passes."""
-    arguments = ["--case", case.name, "--case-dtype", dtype, "--device", options.device]
-    arguments += ["--small"] if options.small else []
-    arguments += ["--threads", str(options.threads)] if options.threads else []
-    absent, workers, done = {}, {}, []
-    with ExitStack() as stack:
-        for name, contender in case.contenders.items():
-            if contender.absent:
-                absent[name] = ABSENT + contender.absent
-            elif options.no_compile and name.startswith("compiled"):
-                absent[name] = ABSENT + "left out by --no-compile"
-            else:
-                workers[name] = stack.enter_context(Worker("bench.ops", name, arguments))
-        for mode in (FORWARD, BOTH) if case.gradients else (FORWARD,):
-            results = _prepare(workers, absent, mode)
-            times = interleave(
-                {n: (lambda w=w, m=mode: w.call("run", mode=m)) for n, w in workers.items()},
-                options.rounds,
-                options.warmup,
-            )
-            peaks = {name: worker.call("peak") for name, worker in workers.items()}
-            done.append(_result(case, dtype, mode, times, peaks, results, absent, ceilings))
+    absent = {
+        name: ABSENT + why for name in case.contenders if (why := _why_not(case, name, options))
+    }
+    present = [name for name in case.contenders if name not in absent]
+    done = []
+    for mode in (FORWARD, BOTH) if case.gradients else (FORWARD,):
+        results, peaks = _prepare(case, dtype, mode, crew, present, absent)
+        times = interleave(
+            {name: (lambda n=name, m=mode: crew.call(n, "run", mode=m)) for name in present},
+            options.rounds,
+            options.warmup,
+            pause=PAUSE_SECONDS if options.device == "cpu" else 0.0,
+            seconds=options.seconds,
+        )
+        done.append(_result(case, dtype, mode, times, peaks, results, absent, ceilings))
     return done
 
 
-def _prepare(workers: dict[str, Worker], absent: dict[str, str], mode: str) -> float:
-    """Readies every worker; a peer that fails becomes absent. MB of our results."""
-    results = workers["ours"].call("prepare", mode=mode)
-    for name in [name for name in workers if name != "ours"]:
+def _why_not(case: OpCase, name: str, options: argparse.Namespace) -> str:
+    """Why a contender takes no part in the case; empty if it does."""
+    compiled = name.startswith("compiled")
+    left_out = "left out by --no-compile" if compiled and options.no_compile else ""
+    return case.contenders[name].absent or left_out
+
+
+def _prepare(
+    case: OpCase, dtype: str, mode: str, crew: Crew, present: list[str], absent: dict[str, str]
+) -> tuple[float, dict[str, float | None]]:
+    """Readies every contender; a peer that fails becomes absent. MB of our results, and peaks."""
+    results, peaks = 0.0, {}
+    for name in list(present):
         try:
-            workers[name].call("prepare", mode=mode)
+            if mode == FORWARD:
+                crew.call(name, "build", case=case.name, dtype=dtype)
+            given_back, peaks[name] = crew.call(name, "prepare", mode=mode)
         except WorkerError as error:
+            if name == "ours":
+                raise
             absent[name] = ABSENT + str(error)
-            workers.pop(name).close()
-    return results
+            present.remove(name)
+            crew.dismiss(name)
+            continue
+        results = given_back if name == "ours" else results
+    return results, peaks
 
 
 def _result(
@@ -276,6 +328,7 @@ def _result(
         spread={name: (min(values), max(values)) for name, values in times.items()},
         figures={
             "family": case.family,
+            "rounds": len(times["ours"]),
             "results_mb": results_mb,
             "beyond_results_mb": beyond,
             "gb_per_s": work.bytes / median["ours"] / 1e9,
@@ -284,20 +337,21 @@ def _result(
     )
 
 
-def measure(options: argparse.Namespace) -> tuple[list[Case], dict[str, float], int]:
+def measure(
+    options: argparse.Namespace, argv: Sequence[str]
+) -> tuple[list[Case], dict[str, float], int]:
     families = options.families or list(FAMILIES)
-    cases = [c for c in all_cases(options.device, options.small) if c.family in families]
-    dtype = options.dtype[0] if len(options.dtype) == 1 else "both"
-    arguments = ["--device", options.device, "--dtype", dtype]
-    arguments += ["--threads", str(options.threads)] if options.threads else []
-    with Worker("bench.ops", CEILINGS, arguments) as worker:
+    with Worker("bench.ops", CEILINGS, argv) as worker:
         ceilings = worker.call("measure", rounds=options.rounds, warmup=options.warmup)
         threads = worker.call("threads")
     results = []
-    for case in cases:
-        for dtype in _dtypes(case, options.dtype):
-            results += measure_case(case, dtype, options, ceilings)
-            print(f"measured {case.name} {dtype}", file=sys.stderr, flush=True)
+    for family in families:
+        with ExitStack() as stack:
+            crew = Crew(stack, argv)
+            for case in FAMILIES[family].cases(options.device, options.small):
+                for dtype in _dtypes(case, options.dtype):
+                    results += measure_case(case, dtype, crew, options, ceilings)
+                    print(f"measured {case.name} {dtype}", file=sys.stderr, flush=True)
     return results, ceilings, threads
 
 
@@ -307,11 +361,12 @@ def _dtypes(case: OpCase, wanted: Iterable[str]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else list(argv)
     options = parse(argv)
     if options.worker:
         work(options)
         return
-    cases, ceilings, threads = measure(options)
+    cases, ceilings, threads = measure(options, argv)
     emit(
         "ops", cases, ceilings=ceilings, threads=threads, device=options.device,
         output=options.output,

@@ -91,15 +91,18 @@ def _number(value: float | None, form: str = ".2f") -> str:
     return "" if value is None else format(value, form)
 
 
+def _place(source: Source) -> str:
+    machine = source.record["machine"]
+    if source.device == "cuda":
+        return machine["gpu"]
+    return f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']}"
+
+
 def _where(source: Source) -> str:
     """A line of what a record was measured on."""
     machine = source.record["machine"]
-    if source.device == "cuda":
-        place = machine["gpu"]
-    else:
-        place = f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']}"
     return (
-        f"{place}; torch {machine['torch']}; commit {source.record['commit']}, "
+        f"{_place(source)}; torch {machine['torch']}; commit {source.record['commit']}, "
         f"{source.record['date'][:10]}; `{source.file}`"
     )
 
@@ -143,23 +146,65 @@ def _step_table(case: Mapping[str, Any]) -> str:
     return markdown(["contender", "time", "tokens/s", "MFU", "time over ours", "peak MB"], rows)
 
 
-def ops_section(sources: Sequence[Source], plots: Mapping[int, str]) -> str:
+@dataclass(frozen=True)
+class Operators:
+    """The records of operators of one machine, each of some families, as one."""
+
+    place: str
+    plot: str  # file name
+    sources: list[Source]
+
+    @property
+    def device(self) -> str:
+        return self.sources[0].device
+
+    @property
+    def cases(self) -> list[Mapping[str, Any]]:
+        return [case for source in self.sources for case in source.record["cases"]]
+
+    @property
+    def ceilings(self) -> dict[str, float]:
+        """The highest of each that any of the runs measured."""
+        found: dict[str, float] = {}
+        for source in self.sources:
+            for name, rate in source.record["ceilings"].items():
+                found[name] = max(rate, found.get(name, 0.0))
+        return found
+
+
+def operators(sources: Sequence[Source]) -> list[Operators]:
+    """The records of ``bench/ops.py``, by machine, in the order of their files."""
+    machines: dict[tuple[str, str], list[Source]] = {}
+    for source in sources:
+        if source.script == "ops":
+            machines.setdefault((source.device, _place(source)), []).append(source)
+    groups, names = [], []
+    for (device, place), own in machines.items():
+        names.append(DEVICES[device].lower())
+        number = names.count(names[-1])
+        suffix = "" if number == 1 else f"-{number}"
+        groups.append(Operators(place, f"roofline-{names[-1]}{suffix}.png", own))
+    return groups
+
+
+def ops_section(groups: Sequence[Operators]) -> str:
     """Every operator: share of its floor and the ratio to each peer."""
     parts = ["## Operators", "A ratio is a peer's time over ours: above 1 ours is the faster. "
              "Peers in brackets do less work than ours."]  # fmt: skip
     for device, title in DEVICES.items():
-        found = [s for s in sources if s.script == "ops" and s.device == device]
+        found = [group for group in groups if group.device == device]
         parts.append(f"### {title}")
         if not found:
             parts.append(NOT_YET if device == "cuda" else "not yet run")
-        for source in found:
-            ceilings = source.record["ceilings"].items()
-            parts += [
-                _where(source),
-                "Measured ceilings: " + ", ".join(f"{name} {rate:,.0f}" for name, rate in ceilings),
-                _ops_table(source.record["cases"]),
-                f"![Roofline and share of the floor]({plots[id(source.record)]})",
-            ]
+        for group in found:
+            for source in group.sources:
+                ceilings = source.record["ceilings"].items()
+                rates = ", ".join(f"{name} {rate:,.0f}" for name, rate in ceilings)
+                parts += [
+                    f"{_where(source)}. Measured ceilings: {rates}",
+                    _ops_table(source.record["cases"]),
+                ]
+            parts.append(f"![Roofline and share of the floor]({group.plot})")
     return "\n\n".join(parts)
 
 
@@ -278,13 +323,13 @@ def _figures(case: Mapping[str, Any]) -> str:
     )
 
 
-def report(sources: Sequence[Source], plots: Mapping[int, str]) -> str:
-    """The whole page; ``plots`` has a file name for each record of operators, by its id."""
+def report(sources: Sequence[Source]) -> str:
+    """The whole page."""
     sections = [
         "# Results\n\nMade by `python bench/report.py` from the JSON files beside it. Times are "
         "medians over interleaved rounds of one run.",
         step_section(sources),
-        ops_section(sources, plots),
+        ops_section(operators(sources)),
         gpu_section(sources),
         resources_section(sources),
         other_section(sources),
@@ -298,14 +343,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="default: README.md in that folder")
     options = parser.parse_args(argv)
     output = options.output or options.results / "README.md"
-    sources, plots = read(options.results), {}
-    for source in sources:
-        if source.script == "ops":
-            name = f"roofline-{Path(source.file).stem}.png"
-            save_plot(source.record, _where(source).split(";")[0], output.parent / name)
-            plots[id(source.record)] = name
+    sources = read(options.results)
+    for group in operators(sources):
+        save_plot(group.cases, group.ceilings, group.place, output.parent / group.plot)
     with atomic_write(output, "w") as file:
-        file.write(report(sources, plots))
+        file.write(report(sources))
     print(f"written to {output}")
 
 

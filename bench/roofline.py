@@ -32,27 +32,30 @@ def intensity(case: Mapping[str, Any]) -> float:
     return figures["gflop_per_s"] / figures["gb_per_s"]
 
 
-def save_plot(record: Mapping[str, Any], title: str, path: Path) -> None:
-    """Draws a record of ``bench/ops.py`` into a PNG.
+def save_plot(
+    cases: Sequence[Mapping[str, Any]], ceilings: Mapping[str, float], title: str, path: Path
+) -> None:
+    """Draws cases of ``bench/ops.py`` into a PNG.
 
     Raises:
         OSError: the file cannot be written.
     """
     image = io.BytesIO()
-    figure_of(record, title).savefig(image, format="png")
+    figure_of(cases, ceilings, title).savefig(image, format="png")
     with atomic_write(path, "wb") as file:
         file.write(image.getvalue())
 
 
-def figure_of(record: Mapping[str, Any], title: str) -> Figure:
-    cases = record["cases"]
+def figure_of(
+    cases: Sequence[Mapping[str, Any]], ceilings: Mapping[str, float], title: str
+) -> Figure:
     families = list(dict.fromkeys(case["figures"]["family"] for case in cases))
     colors = {name: COLORS[i % len(COLORS)] for i, name in enumerate(families)}
     height = max(4.5, 0.24 * len(cases) + 1.5)
     figure = Figure(figsize=(14.0, height), dpi=110, layout="constrained")
     figure.suptitle(title, fontsize=12, fontweight="bold")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.1))
-    _roofline(left, cases, record["ceilings"], colors)
+    _roofline(left, cases, ceilings, colors)
     _shares(right, cases, colors)
     return figure
 

@@ -1,7 +1,9 @@
 """Interleaved timing, peak memory, and the ceilings that floors are computed from."""
 
+import contextlib
 import ctypes
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -11,11 +13,18 @@ import torch
 import torch.nn.functional as F
 
 COPY_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
+LEAST_ROUNDS = 5
 EVICTION_BYTES = 1 << 30  # many times a GPU's last-level cache
 
 
 def interleave(
-    contenders: Mapping[str, Callable[[], float]], rounds: int, warmup: int
+    contenders: Mapping[str, Callable[[], float]],
+    rounds: int,
+    warmup: int,
+    *,
+    pause: float = 0.0,
+    seconds: float = math.inf,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Runs the contenders in turns, so that a slow moment of the machine meets all of them.
 
@@ -23,13 +32,22 @@ def interleave(
         contenders: each runs its work once and returns the seconds that it took.
         rounds: timed turns.
         warmup: turns before, whose times are dropped.
+        pause: seconds of rest before each call: the threads of the one before spin for a while
+            after their work, on the cores that the next one needs.
+        seconds: after which no further turn begins, once `LEAST_ROUNDS` are timed.
+        clock: of ``seconds``.
 
     Returns:
-        ``rounds`` times by contender, in order.
+        ``rounds`` times (or fewer, see ``seconds``) by contender, in order.
     """
+    end = clock() + seconds
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(warmup + rounds):
+        if turn >= warmup + LEAST_ROUNDS and clock() > end:
+            break
         for name, contender in contenders.items():
+            if pause:
+                time.sleep(pause)
             seconds = contender()
             if turn >= warmup:
                 times[name].append(seconds)
@@ -128,6 +146,27 @@ def start_peak(device: torch.device) -> int | None:
     except (OSError, AttributeError):
         return None
     return _status_bytes("VmRSS")
+
+
+def peak_of_call(device: torch.device, function: Callable[[], object]) -> int | None:
+    """Bytes of the highest moment of a call beyond what was held; None where the system cannot say.
+
+    On the CPU every large block is mapped anew meanwhile and afterwards: what the allocator keeps
+    of earlier calls, and how it is broken up, would count otherwise.
+    """
+    if device.type == "cpu":
+        map_large_blocks()
+    held = start_peak(device)
+    if held is None:
+        return None
+    function()
+    return peak_memory(device) - held
+
+
+def map_large_blocks() -> None:
+    """Undoes `keep_freed_memory`: blocks of 128 KB and more go back to the system when freed."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(-3, 128 << 10)  # M_MMAP_THRESHOLD of malloc.h
 
 
 @dataclass(frozen=True)

@@ -18,17 +18,21 @@ from bench.cases import FAMILIES, all_cases
 from bench.harness import Case, emit
 from bench.peers.sampling import SAMPLING
 from bench.timing import (
+    LEAST_ROUNDS,
     CopyCeiling,
     MatrixCeiling,
     Stopwatch,
     Work,
     interleave,
+    map_large_blocks,
     medians,
     peak_memory,
+    peak_of_call,
     start_peak,
 )
 from bench.workers import Worker, WorkerError
 from metro_ext.errors import UserError
+from metro_ext.hardware import keep_freed_memory
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -164,6 +168,25 @@ def test_medians_on_a_fake_clock():
     assert medians(times) == {"a": 3, "b": 2}
 
 
+def test_no_turn_begins_after_the_time_is_up():
+    clock = FakeClock()
+
+    def contender():
+        clock.now += 1.0
+        return 1.0
+
+    for seconds, rounds in ((3.0, LEAST_ROUNDS), (12.5, 12), (100.0, 20)):
+        times = interleave({"a": contender}, 20, 1, seconds=seconds, clock=clock)
+        assert times == {"a": [1.0] * rounds}
+
+
+def test_rest_before_each_call(monkeypatch):
+    rests = []
+    monkeypatch.setattr("bench.timing.time.sleep", rests.append)
+    interleave({"a": lambda: 1.0, "b": lambda: 1.0}, rounds=2, warmup=1, pause=0.5)
+    assert rests == [0.5] * 6
+
+
 def test_floor_is_the_longer_of_memory_and_arithmetic():
     work = Work(bytes=100.0, flops=60.0)
     assert work.floor(bytes_per_s=10.0, flops_per_s=20.0) == 10.0
@@ -191,6 +214,18 @@ def test_peak_memory_sees_what_was_freed():
     assert size * 0.95 <= peak <= size * 1.5
     held = start_peak(CPU)
     assert peak_memory(CPU) - held < size / 4
+
+
+@pytest.mark.skipif(start_peak(CPU) is None, reason="this system cannot reset a peak")
+def test_peak_of_a_call_does_not_depend_on_what_the_allocator_kept():
+    size = 64 << 20
+    assert keep_freed_memory()
+    try:
+        torch.ones(size)  # freed, and kept
+        peak = peak_of_call(CPU, lambda: torch.ones(size // 4))
+    finally:
+        map_large_blocks()
+    assert size * 0.95 <= peak <= size * 1.5
 
 
 def test_workers_keep_their_state_and_answer_in_turns(tiny_worker):
@@ -251,7 +286,8 @@ def test_contenders_do_the_same_work(case):
     eager = ops.Bench(case, case.contenders["eager"], dtype, CPU)
     mode = ops.BOTH if case.gradients else ops.FORWARD
     for bench in (ours, eager):
-        assert bench.prepare(mode) > 0
+        results, peak = bench.prepare(mode)
+        assert results > 0 and (peak is None or peak >= 0)
         assert bench.run(mode) > 0
     torch.testing.assert_close(ours.forward()[0], eager.forward()[0], rtol=1e-4, atol=1e-5)
     if case.gradients:

@@ -86,6 +86,19 @@ def test_operators_on_the_cpu_and_none_on_a_gpu(tmp_path):
     assert "(roofline-cpu.png)" in text
 
 
+def test_families_in_files_of_their_own_share_a_plot(tmp_path):
+    other = ops(operator("gelu x", "gelu")) | {"machine": MACHINE | {"cpu": "Other CPU"}}
+    attention = ops(operator("attention x", "attention", 90.0))
+    attention["ceilings"] = CEILINGS | {"copy GB/s": 12.0}
+    gelu = ops(operator("gelu y", "gelu"))
+    text = page(tmp_path, a=attention, b=gelu, c=other)
+    assert row(text, "attention x") and row(text, "gelu y") and row(text, "gelu x")
+    assert text.count("(roofline-cpu.png)") == text.count("(roofline-cpu-2.png)") == 1
+    first, second = report.operators(report.read(tmp_path))
+    assert [case["name"] for case in first.cases] == ["attention x", "gelu y"]
+    assert first.ceilings["copy GB/s"] == 12.0 and second.ceilings == CEILINGS
+
+
 def test_a_gpu_check_fills_every_section(tmp_path):
     text = page(tmp_path, gpu=gpu_check())
     assert report.NOT_YET not in text
@@ -136,7 +149,7 @@ def test_roofline_places_what_has_products():
     cases = [operator("attention x", "attention", 90.0), operator("gelu x", "gelu")]
     assert roofline.matrix_roofs(CEILINGS) == {"bf16": 500}
     assert roofline.intensity(cases[0]) == 18.0
-    left, right = roofline.figure_of(ops(*cases), "a title").axes
+    left, right = roofline.figure_of(cases, CEILINGS, "a title").axes
     (points,) = left.collections
     assert points.get_offsets().tolist() == [[18.0, 90.0]]
     (roof,) = left.lines

@@ -8,12 +8,16 @@ from bench.cases.common import Contender, OpCase, random, seeded, torch_peers
 from bench.timing import Work
 from metro_ext.ops import bias_gelu
 
-SHAPE, SMALL_SHAPE = {"cpu": (4096, 3072), "cuda": (32768, 3072)}, (64, 48)
+# The last two of the CPU are those of the whole steps that bench/step.py measures.
+SHAPES = {"cpu": ((4096, 3072), (4096, 1024), (2048, 3072)), "cuda": ((32768, 3072),)}
+SMALL_SHAPES = ((64, 48),)
 
 
 def cases(device: str, small: bool) -> list[OpCase]:
-    rows, width = SMALL_SHAPE if small else SHAPE[device]
+    return [_case(*shape) for shape in (SMALL_SHAPES if small else SHAPES[device])]
 
+
+def _case(rows: int, width: int) -> OpCase:
     def inputs(dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         generator = seeded()
         return {
@@ -24,16 +28,14 @@ def cases(device: str, small: bool) -> list[OpCase]:
     def eager(x: Tensor, bias: Tensor) -> Tensor:
         return F.gelu(x + bias)
 
-    return [
-        OpCase(
-            family="gelu",
-            name=f"bias_gelu {rows}x{width}",
-            inputs=inputs,
-            activations="x",
-            gradients=("x", "bias"),
-            contenders={"ours": Contender(lambda: bias_gelu), **torch_peers(eager)},
-            # x in, out; then x and the gradient of out in, that of x out.
-            forward=lambda itemsize: Work(2 * rows * width * itemsize),
-            both=lambda itemsize: Work(5 * rows * width * itemsize),
-        )
-    ]
+    return OpCase(
+        family="gelu",
+        name=f"bias_gelu {rows}x{width}",
+        inputs=inputs,
+        activations="x",
+        gradients=("x", "bias"),
+        contenders={"ours": Contender(lambda: bias_gelu), **torch_peers(eager)},
+        # x in, out; then x and the gradient of out in, that of x out.
+        forward=lambda itemsize: Work(2 * rows * width * itemsize),
+        both=lambda itemsize: Work(5 * rows * width * itemsize),
+    )

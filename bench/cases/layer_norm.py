@@ -11,6 +11,8 @@ from bench.timing import Work
 from metro_ext.ops import layer_norm
 
 SHAPES = {"cpu": ((4096, 768),), "cuda": ((4096, 768), (32768, 768))}
+# Of the whole steps that bench/step.py measures, in the variant that their layers use.
+STEP_SHAPES = {"cpu": ((4096, 256), (2048, 768)), "cuda": ()}
 SMALL_SHAPES = ((64, 32),)
 DROPOUT, EPS = 0.1, 1e-5
 
@@ -18,7 +20,11 @@ DROPOUT, EPS = 0.1, 1e-5
 def cases(device: str, small: bool) -> list[OpCase]:
     shapes = SMALL_SHAPES if small else SHAPES[device]
     variants = ((True, DROPOUT), (False, DROPOUT), (False, 0.0))
-    return [_case(*shape, bias, p) for shape in shapes for bias, p in variants]
+    of_steps = () if small else STEP_SHAPES[device]
+    return [
+        *(_case(*shape, bias, p) for shape in shapes for bias, p in variants),
+        *(_case(*shape, *variants[0]) for shape in of_steps),
+    ]
 
 
 def _case(rows: int, hidden: int, with_bias: bool, p: float) -> OpCase:

@@ -8,12 +8,16 @@ from bench.cases.common import Contender, OpCase, random, seeded, torch_peers
 from bench.timing import Work
 from metro_ext.ops import rtd_head
 
-SHAPE, SMALL_SHAPE = {"cpu": (4096, 768), "cuda": (32768, 768)}, (64, 32)
+# The last two of the CPU are those of the whole steps that bench/step.py measures.
+SHAPES = {"cpu": ((4096, 768), (4096, 256), (2048, 768)), "cuda": ((32768, 768),)}
+SMALL_SHAPES = ((64, 32),)
 
 
 def cases(device: str, small: bool) -> list[OpCase]:
-    tokens, hidden = SMALL_SHAPE if small else SHAPE[device]
+    return [_case(*shape) for shape in (SMALL_SHAPES if small else SHAPES[device])]
 
+
+def _case(tokens: int, hidden: int) -> OpCase:
     def inputs(dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         generator = seeded()
         label = torch.rand(tokens, generator=generator) < 0.12
@@ -31,16 +35,14 @@ def cases(device: str, small: bool) -> list[OpCase]:
         hits = (((logit > 0) == (label == 1)) & kept).sum()
         return loss * kept, logit, hits
 
-    return [
-        OpCase(
-            family="rtd_head",
-            name=f"rtd_head {tokens}x{hidden}",
-            inputs=inputs,
-            activations="hidden",
-            gradients=("hidden", "weight", "bias"),
-            contenders={"ours": Contender(lambda: rtd_head), **torch_peers(eager)},
-            # hidden in; then hidden in again and its gradient out.
-            forward=lambda itemsize: Work(tokens * hidden * itemsize),
-            both=lambda itemsize: Work(3 * tokens * hidden * itemsize),
-        )
-    ]
+    return OpCase(
+        family="rtd_head",
+        name=f"rtd_head {tokens}x{hidden}",
+        inputs=inputs,
+        activations="hidden",
+        gradients=("hidden", "weight", "bias"),
+        contenders={"ours": Contender(lambda: rtd_head), **torch_peers(eager)},
+        # hidden in; then hidden in again and its gradient out.
+        forward=lambda itemsize: Work(tokens * hidden * itemsize),
+        both=lambda itemsize: Work(3 * tokens * hidden * itemsize),
+    )
