@@ -9,8 +9,8 @@ each call. Each contender of a family is a process of its own, which keeps the m
 as `metro_ext.train` does: an output that the system maps and zeroes anew at every call costs more
 than most kernels (``--fresh-memory`` shows it). ``peak_mb`` is what a call needs at its peak beyond
 what was held before it: outputs and gradients (``results_mb``, which no implementation can do
-without) and whatever is temporary. Floors: bytes over the measured copy bandwidth or FLOPs over the
-measured matrix rate, whichever is the longer.
+without) and whatever is temporary. Floors: bytes over the copy bandwidth or FLOPs over the rate of
+torch's own product, whichever is the longer, both measured in turns with the contenders.
 
 A family is measured in about a minute; each may have a file of its own, as in
 ``python bench/ops.py attention --output ops-attention.json``.
@@ -31,15 +31,9 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # for `python bench/o
 
 from bench.cases import FAMILIES, all_cases
 from bench.cases.common import Contender, Inputs, OpCase
+from bench.ceilings import Ceilings, worker_methods
 from bench.harness import ABSENT, Case, emit
-from bench.timing import (
-    CopyCeiling,
-    MatrixCeiling,
-    Stopwatch,
-    interleave,
-    medians,
-    peak_of_call,
-)
+from bench.timing import Stopwatch, Work, interleave, medians, peak_of_call
 from bench.workers import Worker, WorkerError, serve
 from metro_ext.command_line import run
 from metro_ext.errors import UserError
@@ -52,11 +46,6 @@ COLD_BYTES = 128 << 20  # several times a last-level cache
 MOST_COPIES = 64
 PAUSE_SECONDS = 0.02
 SHORT_SECONDS = 0.05  # longer calls do not notice how they begin
-# Of the matrix rate: a square product, and one as tall as a batch.
-MATRIX_SHAPES = {
-    "cpu": ((2048, 2048, 2048), (4096, 3072, 768)),
-    "cuda": ((8192, 8192, 8192), (32768, 3072, 768)),
-}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -190,7 +179,7 @@ def work(options: argparse.Namespace) -> None:
         torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     if options.worker == CEILINGS:
-        serve(_ceiling_methods(options, device))
+        serve(worker_methods(device, {name: DTYPES[name] for name in options.dtype}))
         return
     cases = {case.name: case for case in all_cases(options.device, options.small)}
     bench: Bench
@@ -209,23 +198,6 @@ def work(options: argparse.Namespace) -> None:
             "run": lambda mode: bench.run(mode),
         }
     )
-
-
-def _ceiling_methods(options: argparse.Namespace, device: torch.device) -> dict[str, Callable]:
-    copy = CopyCeiling(device)
-    products = {
-        f"linear {m}x{n}x{k} {dtype}": MatrixCeiling(m, n, k, DTYPES[dtype], device)
-        for m, n, k in MATRIX_SHAPES[options.device]
-        for dtype in options.dtype
-    }
-    contenders = {"copy": copy, **products}
-
-    def measure(rounds: int, warmup: int) -> dict[str, float]:
-        median = medians(interleave(contenders, rounds, warmup))
-        rates = {f"{name} GFLOP/s": p.flops / median[name] / 1e9 for name, p in products.items()}
-        return {"copy GB/s": copy.bytes / median["copy"] / 1e9, **rates}
-
-    return {"measure": measure, "threads": torch.get_num_threads}
 
 
 class Crew:
@@ -247,7 +219,7 @@ class Crew:
 
 
 def measure_case(
-    case: OpCase, dtype: str, crew: Crew, options: argparse.Namespace, ceilings: dict[str, float]
+    case: OpCase, dtype: str, crew: Crew, options: argparse.Namespace, ceilings: Ceilings
 ) -> list[Case]:
     """All contenders of a case in turns: the forward pass, then both passes."""
     absent = {
@@ -256,16 +228,25 @@ def measure_case(
     present = [name for name in case.contenders if name not in absent]
     done = []
     for mode in (FORWARD, BOTH) if case.gradients else (FORWARD,):
+        work = (case.both if mode == BOTH else case.forward)(DTYPES[dtype].itemsize)
         results, peaks = _prepare(case, dtype, mode, crew, present, absent)
         times = interleave(
-            {name: (lambda n=name, m=mode: crew.call(n, "run", mode=m)) for name in present},
+            {name: (lambda n=name, m=mode: crew.call(n, "run", mode=m)) for name in present}
+            | ceilings.beside(work, dtype),
             options.rounds,
             options.warmup,
-            pause=PAUSE_SECONDS if options.device == "cpu" else 0.0,
+            pause=_pause(options),
             seconds=options.seconds,
         )
-        done.append(_result(case, dtype, mode, times, peaks, results, absent, ceilings))
+        floor, rates = ceilings.floor(work, dtype, medians(times))
+        times = {name: times[name] for name in present}
+        results_of = {"floor": floor, "results_mb": results, "work": work, "rates": rates}
+        done.append(_result(case, f"{dtype} {mode}", times, peaks, absent, **results_of))
     return done
+
+
+def _pause(options: argparse.Namespace) -> float:
+    return PAUSE_SECONDS if options.device == "cpu" else 0.0
 
 
 def _why_not(case: OpCase, name: str, options: argparse.Namespace) -> str:
@@ -298,23 +279,21 @@ def _prepare(
 
 def _result(
     case: OpCase,
-    dtype: str,
-    mode: str,
+    variant: str,
     times: dict[str, list[float]],
     peaks: dict[str, float | None],
-    results_mb: float,
     absent: dict[str, str],
-    ceilings: dict[str, float],
+    *,
+    floor: float,
+    results_mb: float,
+    work: Work,
+    rates: dict[str, float],
 ) -> Case:
     median = medians(times)
-    work = (case.both if mode == BOTH else case.forward)(DTYPES[dtype].itemsize)
-    rates = [rate for name, rate in ceilings.items() if name.endswith(f" {dtype} GFLOP/s")]
-    # An integer case has no products, and so no rate to be limited by.
-    flops_per_s = max(rates) * 1e9 if rates else float("inf")
     peak = peaks["ours"]
     beyond = None if peak is None else peak - results_mb
     return Case(
-        name=f"{case.name} {dtype} {mode}",
+        name=f"{case.name} {variant}",
         ours=median["ours"],
         peers={name: value for name, value in median.items() if name != "ours"} | absent,
         lesser={
@@ -322,7 +301,7 @@ def _result(
             for name, contender in case.contenders.items()
             if contender.lesser and name in median
         },
-        floor_seconds=work.floor(ceilings["copy GB/s"] * 1e9, flops_per_s),
+        floor_seconds=floor,
         peak_mb=peak,
         peers_peak_mb={n: mb for n, mb in peaks.items() if n != "ours" and mb is not None},
         spread={name: (min(values), max(values)) for name, values in times.items()},
@@ -333,6 +312,7 @@ def _result(
             "beyond_results_mb": beyond,
             "gb_per_s": work.bytes / median["ours"] / 1e9,
             "gflop_per_s": work.flops / median["ours"] / 1e9,
+            **rates,
         },
     )
 
@@ -341,18 +321,17 @@ def measure(
     options: argparse.Namespace, argv: Sequence[str]
 ) -> tuple[list[Case], dict[str, float], int]:
     families = options.families or list(FAMILIES)
-    with Worker("bench.ops", CEILINGS, argv) as worker:
-        ceilings = worker.call("measure", rounds=options.rounds, warmup=options.warmup)
-        threads = worker.call("threads")
     results = []
-    for family in families:
-        with ExitStack() as stack:
-            crew = Crew(stack, argv)
-            for case in FAMILIES[family].cases(options.device, options.small):
-                for dtype in _dtypes(case, options.dtype):
-                    results += measure_case(case, dtype, crew, options, ceilings)
-                    print(f"measured {case.name} {dtype}", file=sys.stderr, flush=True)
-    return results, ceilings, threads
+    with Worker("bench.ops", CEILINGS, argv) as worker:
+        ceilings = Ceilings(worker, options.rounds, options.warmup, _pause(options))
+        for family in families:
+            with ExitStack() as stack:
+                crew = Crew(stack, argv)
+                for case in FAMILIES[family].cases(options.device, options.small):
+                    for dtype in _dtypes(case, options.dtype):
+                        results += measure_case(case, dtype, crew, options, ceilings)
+                        print(f"measured {case.name} {dtype}", file=sys.stderr, flush=True)
+        return results, ceilings.rates, worker.call("threads")
 
 
 def _dtypes(case: OpCase, wanted: Iterable[str]) -> list[str]:

@@ -79,7 +79,8 @@ def _eager(mlm_nll, mlm_hit, rtd_loss, rtd_logit, label, clm_nll, clm_hit, targe
         *counts,
         (mlm_hit * counted).sum(),
         (clm_hit * counted).sum(),
-        ((predicted == replaced) & kept).sum(),
+        # As integers: torch 2.13 cannot compile the comparison of these two masks on a CPU.
+        ((predicted.int() == replaced.int()) & kept).sum(),
         replaced.sum(),
         predicted.sum(),
         (predicted & replaced).sum(),

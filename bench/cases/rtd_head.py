@@ -32,7 +32,8 @@ def _case(tokens: int, hidden: int) -> OpCase:
         logit = F.linear(hidden, weight[None], bias).squeeze(-1).float()
         kept = label <= 1
         loss = F.binary_cross_entropy_with_logits(logit, label.float(), reduction="none")
-        hits = (((logit > 0) == (label == 1)) & kept).sum()
+        # As integers: torch 2.13 cannot compile the comparison of these two masks on a CPU.
+        hits = (((logit > 0).int() == label.int()) & kept).sum()
         return loss * kept, logit, hits
 
     return OpCase(
