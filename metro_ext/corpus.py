@@ -2,6 +2,7 @@
 
 python -m metro_ext.corpus build TEXT... --tokenizer FILE.model --output DIR
 python -m metro_ext.corpus info DIR [--verify]
+python -m metro_ext.corpus info DIR=WEIGHT DIR=WEIGHT...
 """
 
 import argparse
@@ -31,6 +32,7 @@ from metro_ext.corpus_format import (
 )
 from metro_ext.corpus_plan import PLAN
 from metro_ext.errors import UserError
+from metro_ext.mixture import Mixture, split_weight
 from metro_ext.text_files import FIELD_HELP
 from metro_ext.tokenizer import Tokenizer
 
@@ -284,7 +286,22 @@ def _build(arguments: argparse.Namespace) -> None:
 
 
 def _info(arguments: argparse.Namespace) -> None:
-    corpus = Corpus.open(arguments.folder)
+    paths, weights = zip(*map(split_weight, arguments.corpora), strict=True)
+    corpora = [Corpus.open(path) for path in paths]
+    if len(corpora) == 1:
+        _print_figures(corpora[0])
+    else:
+        given = [weight for weight in weights if weight is not None]
+        if given and len(given) < len(corpora):
+            raise UserError("expected a weight for each corpus or for none")
+        print(*Mixture.of(corpora, given or None).describe(), sep="\n")
+    if arguments.verify:
+        for corpus in corpora:
+            corpus.verify()
+        print(f"{'verified':<16}all checksums, ids and document starts are right")
+
+
+def _print_figures(corpus: Corpus) -> None:
     manifest = corpus.manifest
     tokenizer = corpus.tokenizer
     rows = {
@@ -302,9 +319,6 @@ def _info(arguments: argparse.Namespace) -> None:
     }
     for name, value in rows.items():
         print(f"{name:<16}{value}")
-    if arguments.verify:
-        corpus.verify()
-        print(f"{'verified':<16}all checksums, ids and document starts are right")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -326,8 +340,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     build.set_defaults(command=_build)
 
-    info = commands.add_parser("info", help="print a corpus's figures")
-    info.add_argument("folder", metavar="DIR")
+    info = commands.add_parser("info", help="print a corpus's figures, or the shares of several")
+    info.add_argument("corpora", nargs="+", metavar="DIR[=WEIGHT]")
     info.add_argument("--verify", action="store_true", help="check every checksum and every id")
     info.set_defaults(command=_info)
     return parser

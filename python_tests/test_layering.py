@@ -14,7 +14,7 @@ LAYERS = [
     {"text_files"},
     {"tokenizer", "presets", "checkpoint", "info", "distributed", "hardware", "cuda_graph"},
     {"corpus_format", "corpus_plan", "config", "model", "plot", "tokenizer_json"},
-    {"word_encoder"},
+    {"word_encoder", "mixture"},
     {"corpus_parts"},
     {"corpus_shards", "corpus_dedup"},
     {"corpus_workers"},
