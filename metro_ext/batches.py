@@ -23,6 +23,7 @@ import torch
 
 from metro_ext.corpus import Corpus
 from metro_ext.errors import UserError
+from metro_ext.mixture import Mixture
 from metro_ext.tokenizer import BOS_ID, EOS_ID, PAD_ID
 
 # MPNet's convention: position 1 marks padding, the first token of a sequence has position 2; so a
@@ -117,8 +118,12 @@ class BatchSource:
         if index < 0:
             raise IndexError(f"batch {index}: the first batch is 0")
         first = index * self.windows_per_batch
-        windows = [self._read(self.window_start(first + i)) for i in range(self.windows_per_batch)]
+        windows = [self.window(first + i) for i in range(self.windows_per_batch)]
         return _pack(np.stack(windows), index, _mix(self.seed, index, _BATCH_SEED))
+
+    def window(self, number: int) -> np.ndarray:
+        """The tokens of the window of that number, counted over epochs: [sequence_length]."""
+        return self._read(self.window_start(number))
 
     def window_start(self, number: int) -> int:
         """Where in the token stream the window of that number, counted over epochs, starts."""
@@ -135,6 +140,45 @@ class BatchSource:
             rest = self.corpus.tokens(0, self.sequence_length - head)
             tokens = np.concatenate([tokens, rest])
         return tokens
+
+
+class MixtureSource:
+    """Batches for training from several corpora: each window comes from one of them.
+
+    Every corpus is walked through epoch by epoch in an order of its own, at the pace of its share.
+    """
+
+    def __init__(self, mixture: Mixture, tokens_per_batch: int, sequence_length: int, seed: int):
+        """Take windows of a mixture; the other arguments and errors are those of `BatchSource`."""
+        self.mixture = mixture
+        self.seed = seed
+        self.windows_per_batch = tokens_per_batch // sequence_length
+        self._sources = [
+            BatchSource(corpus, tokens_per_batch, sequence_length, _mix(seed, i, _COMPONENT))
+            for i, corpus in enumerate(mixture.corpora)
+        ]
+
+    def batch(self, index: int) -> Batch:
+        """Batch number `index` >= 0.
+
+        Raises:
+            UserError: a damaged shard.
+        """
+        if index < 0:
+            raise IndexError(f"batch {index}: the first batch is 0")
+        first = index * self.windows_per_batch
+        places = map(self.mixture.place, range(first, first + self.windows_per_batch))
+        windows = [self._sources[which].window(number) for which, number in places]
+        return _pack(np.stack(windows), index, _mix(self.seed, index, _BATCH_SEED))
+
+
+def training_source(
+    mixture: Mixture, tokens_per_batch: int, sequence_length: int, seed: int
+) -> BatchSource | MixtureSource:
+    """The source of a run's batches: of one corpus those that `BatchSource` makes of it."""
+    if len(mixture.corpora) == 1:
+        return BatchSource(mixture.corpora[0], tokens_per_batch, sequence_length, seed)
+    return MixtureSource(mixture, tokens_per_batch, sequence_length, seed)
 
 
 class EvaluationSource:
@@ -222,7 +266,7 @@ def permute(index: int, size: int, key: int) -> int:
 
 
 # What a hash is drawn for, so that no two uses share a stream.
-_ORDER, _OFFSET, _BATCH_SEED, _EVALUATION_SEED = 0x100, 0x101, 0x102, 0x103
+_ORDER, _OFFSET, _BATCH_SEED, _EVALUATION_SEED, _COMPONENT = range(0x100, 0x105)
 
 
 def _mix(*words: int) -> int:

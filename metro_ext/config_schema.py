@@ -144,7 +144,9 @@ class DataConfig(_Section):
     """Text and vocabulary."""
 
     SECTION = "data"
-    train: tuple[str, ...] = _option((), "training text: a corpus folder, or text files")
+    train: tuple[str, ...] = _option(
+        (), "training text: corpus folders or text files; PATH=WEIGHT mixes"
+    )
     valid: tuple[str, ...] = _option((), "held-out text: a corpus folder, or text files")
     tokenizer: str = _option("", "tokenizer model file; empty trains one on data.train")
     vocab_size: int = _option(

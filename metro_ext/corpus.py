@@ -2,6 +2,7 @@
 
 python -m metro_ext.corpus build TEXT... --tokenizer FILE.model --output DIR
 python -m metro_ext.corpus info DIR [--verify]
+python -m metro_ext.corpus info DIR=WEIGHT DIR=WEIGHT...
 """
 
 import argparse
@@ -17,8 +18,9 @@ import numpy as np
 
 from metro_ext.atomic import sha256_file
 from metro_ext.command_line import run
-from metro_ext.corpus_build import DEFAULT_SHARD_TOKENS, build_corpus
+from metro_ext.corpus_build import DEFAULT_SHARD_TOKENS, build_corpus, work_folder
 from metro_ext.corpus_format import (
+    COUNTS,
     DOCUMENT_DTYPE,
     DOCUMENTS,
     ITEM_BYTES,
@@ -28,7 +30,10 @@ from metro_ext.corpus_format import (
     read_manifest,
     shard_name,
 )
+from metro_ext.corpus_plan import PLAN
 from metro_ext.errors import UserError
+from metro_ext.mixture import Mixture, split_weight
+from metro_ext.text_files import FIELD_HELP
 from metro_ext.tokenizer import Tokenizer
 
 _CHUNK_TOKENS = 1 << 22  # what a pass over the whole corpus holds at a time
@@ -77,6 +82,8 @@ class Corpus:
         for i, shard in enumerate(manifest.shards):
             _check_size(folder / shard_name(i), shard.tokens * item)
         _check_size(folder / DOCUMENTS, manifest.documents * np.dtype(DOCUMENT_DTYPE).itemsize)
+        if manifest.counts_sha256:
+            _check_size(folder / COUNTS, manifest.vocab_size * 8)
         if not (folder / TOKENIZER).is_file():
             raise UserError(f"{folder / TOKENIZER}: the file is missing: build the corpus again")
         own = Tokenizer.load(folder / TOKENIZER)
@@ -135,7 +142,24 @@ class Corpus:
         return self.tokens(start, end - start)
 
     def unigram_counts(self) -> np.ndarray:
-        """How often each id occurs, special ones included: int64 [vocab_size], by one pass."""
+        """How often each id occurs, special ones included: int64 [vocab_size].
+
+        They are read from the folder, or, for a corpus of format version 1, counted.
+
+        Raises:
+            UserError: the counts do not add up to the tokens, or a shard is damaged.
+        """
+        if not self.manifest.counts_sha256:
+            return self._count()
+        counts = np.fromfile(self.folder / COUNTS, "<i8")
+        if counts.min() < 0 or int(counts.sum()) != len(self):
+            raise UserError(
+                f"{self.folder / COUNTS}: damaged: expected counts that add up to {len(self)}, "
+                f"found {int(counts.sum())}: build the corpus again"
+            )
+        return counts
+
+    def _count(self) -> np.ndarray:
         counts = np.zeros(self.manifest.vocab_size, np.int64)
         for _, chunk in self._chunks():
             counts += np.bincount(chunk, minlength=counts.size)
@@ -150,6 +174,13 @@ class Corpus:
         for i, shard in enumerate(self.manifest.shards):
             _check_sha256(self.folder / shard_name(i), shard.sha256)
         _check_sha256(self.folder / DOCUMENTS, self.manifest.documents_sha256)
+        if self.manifest.counts_sha256:
+            _check_sha256(self.folder / COUNTS, self.manifest.counts_sha256)
+            if not np.array_equal(self._count(), self.unigram_counts()):
+                raise UserError(
+                    f"{self.folder / COUNTS}: its counts are not those of the shards: build the "
+                    "corpus again"
+                )
         bos = self.tokenizer.bos_id
         found = 0
         for start, chunk in self._chunks():
@@ -221,9 +252,13 @@ def _build(arguments: argparse.Namespace) -> None:
     started = time.monotonic()
     live = sys.stderr.isatty()
 
-    def show(tokens: int) -> None:
+    def show(tokens: int, share: float) -> None:
         rate = tokens / (time.monotonic() - started)
-        print(f"\r{tokens:,} tokens, {rate:,.0f} tokens/s", end="", file=sys.stderr)
+        print(f"\r{share:6.1%} {tokens:,} tokens, {rate:,.0f} tokens/s", end="", file=sys.stderr)
+
+    work = work_folder(Path(arguments.output))
+    if (work / PLAN).exists():
+        print(f"going on with the build in {work}", file=sys.stderr)
 
     try:
         manifest = build_corpus(
@@ -231,27 +266,49 @@ def _build(arguments: argparse.Namespace) -> None:
             Tokenizer.load(arguments.tokenizer),
             arguments.output,
             shard_tokens=arguments.shard_tokens,
-            jsonl_field=arguments.jsonl_field,
-            threads=arguments.threads,
+            field=arguments.field,
+            workers=arguments.workers,
+            dedup=arguments.dedup,
             progress=show if live else None,
         )
     finally:
         if live:
             print(file=sys.stderr)
     seconds = time.monotonic() - started
+    dropped = ""
+    if manifest.duplicates is not None:
+        dropped = f" ({manifest.duplicates:,} duplicates left out)"
     print(
-        f"{arguments.output}: {manifest.documents:,} documents, {manifest.tokens:,} tokens in "
-        f"{len(manifest.shards)} shard(s), {seconds:.1f} s, {manifest.tokens / seconds:,.0f} "
-        "tokens/s"
+        f"{arguments.output}: {manifest.documents:,} documents{dropped}, {manifest.tokens:,} "
+        f"tokens in {len(manifest.shards)} shard(s), {seconds:.1f} s, "
+        f"{manifest.tokens / seconds:,.0f} tokens/s"
     )
 
 
 def _info(arguments: argparse.Namespace) -> None:
-    corpus = Corpus.open(arguments.folder)
+    paths, weights = zip(*map(split_weight, arguments.corpora), strict=True)
+    corpora = [Corpus.open(path) for path in paths]
+    if len(corpora) == 1:
+        _print_figures(corpora[0])
+    else:
+        given = [weight for weight in weights if weight is not None]
+        if given and len(given) < len(corpora):
+            raise UserError("expected a weight for each corpus or for none")
+        print(*Mixture.of(corpora, given or None).describe(), sep="\n")
+    if arguments.verify:
+        for corpus in corpora:
+            corpus.verify()
+        print(f"{'verified':<16}all checksums, ids and document starts are right")
+
+
+def _print_figures(corpus: Corpus) -> None:
     manifest = corpus.manifest
     tokenizer = corpus.tokenizer
     rows = {
         "documents": f"{manifest.documents:,}",
+        "duplicates": "not looked for"
+        if manifest.duplicates is None
+        else f"{manifest.duplicates:,} left out",
         "tokens": f"{manifest.tokens:,}",
         "text bytes": f"{manifest.text_bytes:,}",
         "bytes a token": f"{manifest.text_bytes / manifest.tokens:.2f}",
@@ -262,9 +319,6 @@ def _info(arguments: argparse.Namespace) -> None:
     }
     for name, value in rows.items():
         print(f"{name:<16}{value}")
-    if arguments.verify:
-        corpus.verify()
-        print(f"{'verified':<16}all checksums, ids and document starts are right")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -279,12 +333,15 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--tokenizer", required=True, metavar="FILE")
     build.add_argument("--output", required=True, metavar="DIR", help="the folder to make")
     build.add_argument("--shard-tokens", type=int, default=DEFAULT_SHARD_TOKENS, metavar="N")
-    build.add_argument("--jsonl-field", default="text", metavar="NAME")
-    build.add_argument("--threads", type=int, metavar="N", help="default: all cores")
+    build.add_argument("--field", default="text", metavar="NAME", help=FIELD_HELP)
+    build.add_argument("--workers", type=int, metavar="N", help="processes (default: all cores)")
+    build.add_argument(
+        "--dedup", action="store_true", help="keep only the first of documents with the same text"
+    )
     build.set_defaults(command=_build)
 
-    info = commands.add_parser("info", help="print a corpus's figures")
-    info.add_argument("folder", metavar="DIR")
+    info = commands.add_parser("info", help="print a corpus's figures, or the shares of several")
+    info.add_argument("corpora", nargs="+", metavar="DIR[=WEIGHT]")
     info.add_argument("--verify", action="store_true", help="check every checksum and every id")
     info.set_defaults(command=_info)
     return parser

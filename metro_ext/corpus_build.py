@@ -1,8 +1,14 @@
-"""From text files to a corpus folder, in constant memory."""
+"""From text files to a corpus folder: on several processes, in constant memory, restartable.
+
+First each unit of the input is encoded (`corpus_parts`), then duplicates are found
+(`corpus_dedup`), then the shards are put together (`corpus_shards`). Each step's files appear when
+they are whole, and the same command takes them up where a build was killed. What comes out depends
+on the input and the options alone.
+"""
 
 import contextlib
+import fcntl
 import hashlib
-import itertools
 import math
 import os
 import shutil
@@ -11,28 +17,26 @@ from pathlib import Path
 
 import numpy as np
 
-from metro_ext.atomic import fsync_folder, temporary_sibling
+from metro_ext.atomic import atomic_write, fsync_folder
+from metro_ext.corpus_dedup import mark_duplicates
 from metro_ext.corpus_format import (
+    COUNTS,
     DOCUMENT_DTYPE,
     DOCUMENTS,
-    TOKEN_DTYPES,
     TOKENIZER,
     Manifest,
     Shard,
-    shard_name,
     token_dtype_name,
     write_manifest,
 )
+from metro_ext.corpus_parts import documents_of, part_path
+from metro_ext.corpus_plan import Options, Plan, begin_or_resume, make_plan
+from metro_ext.corpus_shards import read_counts, shard_tasks
+from metro_ext.corpus_workers import CORPUS, PARTS, TOKENIZER_COPY, WorkerEnded, Workers
 from metro_ext.errors import UserError
-from metro_ext.text_files import Paragraph, find_text_files, read_paragraphs
 from metro_ext.tokenizer import Tokenizer
 
 DEFAULT_SHARD_TOKENS = 1 << 27  # 256 MiB of uint16
-
-# Paragraphs are encoded this many at a time: enough to keep several threads busy. The second limit
-# is for text of very short lines, where the Python objects outweigh the characters.
-_BATCH_CHARACTERS = 1 << 22
-_BATCH_PARAGRAPHS = 1 << 17
 
 
 def build_corpus(
@@ -40,56 +44,76 @@ def build_corpus(
     tokenizer: Tokenizer,
     output: str | os.PathLike,
     shard_tokens: int = DEFAULT_SHARD_TOKENS,
-    jsonl_field: str = "text",
-    threads: int | None = None,
-    progress: Callable[[int], None] | None = None,
+    field: str = "text",
+    workers: int | None = None,
+    dedup: bool = False,
+    progress: Callable[[int, float], None] | None = None,
 ) -> Manifest:
     """Encode text files into a new corpus folder.
 
-    The folder grows under a hidden temporary name and is renamed when it is complete and on disk:
-    a build that fails or is killed leaves nothing that looks like a corpus.
+    The work is done in a hidden folder beside the output (`work_folder`), and the corpus is renamed
+    when it is complete and on disk: a build that is killed leaves nothing that looks like a corpus.
+    The same call then goes on with it; a build that ends on bad text removes what it has.
 
     Args:
         inputs: text files or folders (`metro_ext.text_files`).
         tokenizer: its model is copied into the folder.
         output: the folder to make.
         shard_tokens: tokens a shard file; the last one may hold fewer.
-        jsonl_field: the field of .jsonl lines that holds the text.
-        threads: of the encoder; default: the cores this process may use.
-        progress: called now and then with the number of tokens written so far.
+        field: the field of .jsonl lines, the column of .parquet files, that holds the text.
+        workers: processes; default: the cores this process may use. One works in this process.
+        dedup: keep only the first of documents whose normalised text is equal.
+        progress: called now and then with the number of tokens encoded so far, and the share of
+            the text that this is.
 
     Raises:
-        UserError: the output exists already, bad input, or no text in it.
+        UserError: the output exists already, bad input, no text in it, or an unfinished build
+            with other options or changed input.
         OSError: the operating system refused, a full disk among the reasons.
     """
     output = Path(output)
-    if output.exists():
-        raise UserError(f"{output}: it exists already: remove it or name another")
+    _check_new(output)
     if shard_tokens < 1:
         raise UserError(f"expected at least 1 token a shard, found {shard_tokens}")
-    files = find_text_files(inputs)
-    threads = threads or _usable_cores()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    folder = temporary_sibling(output)
-    folder.mkdir()
-    try:
-        with contextlib.closing(_Writer(folder, tokenizer, shard_tokens)) as writer:
-            for batch in _batches(files, jsonl_field):
-                _encode(batch, tokenizer, threads, writer)
-                if progress is not None:
-                    progress(writer.tokens)
-            writer.end_document()
-            if writer.tokens == 0:
-                raise UserError("the input holds no text: there is nothing to build a corpus from")
-            manifest = writer.finish()
-        tokenizer.save(folder / TOKENIZER)
-        write_manifest(folder, manifest)
-        os.rename(folder, output)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+    workers = _usable_cores() if workers is None else workers
+    if workers < 1:
+        raise UserError(f"expected at least 1 worker, found {workers}")
+    plan = make_plan(inputs, Options(tokenizer.sha256, shard_tokens, field, dedup))
+    folder = work_folder(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        _check_new(output)
+        begin_or_resume(folder, plan)
+        tokenizer.save(folder / TOKENIZER_COPY)
+        manifest = _build(folder, plan, tokenizer, workers, progress)
+        os.rename(folder / CORPUS, output)
+        shutil.rmtree(folder)
     fsync_folder(output.parent)
     return manifest
+
+
+def work_folder(output: Path) -> Path:
+    """Where the build of a corpus keeps what it has done."""
+    return output.parent / f".{output.name}.build"
+
+
+def _check_new(output: Path) -> None:
+    if output.exists():
+        raise UserError(f"{output}: it exists already: remove it or name another")
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One build at a time; the kernel drops the lock when the process ends, however it ends."""
+    with open(folder / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{folder}: another process is at work on this corpus: wait for it to end, or name "
+                "another output"
+            ) from None
+        yield
 
 
 def _usable_cores() -> int:
@@ -98,137 +122,114 @@ def _usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _batches(files: Sequence[Path], jsonl_field: str) -> Iterator[list[Paragraph]]:
-    batch: list[Paragraph] = []
-    characters = 0
-    for file in files:
-        for paragraph in read_paragraphs(file, jsonl_field):
-            batch.append(paragraph)
-            characters += len(paragraph.text)
-            if characters >= _BATCH_CHARACTERS or len(batch) >= _BATCH_PARAGRAPHS:
-                yield batch
-                batch, characters = [], 0
-    if batch:
-        yield batch
+def _build(
+    folder: Path,
+    plan: Plan,
+    tokenizer: Tokenizer,
+    workers: int,
+    progress: Callable[[int, float], None] | None,
+) -> Manifest:
+    parts, corpus = folder / PARTS, folder / CORPUS
+    for one in (parts, corpus):
+        one.mkdir(exist_ok=True)
+        for leftover in one.glob(".*.partial"):
+            leftover.unlink()
+    with Workers(folder, min(workers, len(plan.units))) as pool:
+        try:
+            _encode(pool, plan, progress)
+        except WorkerEnded:
+            raise
+        except UserError:  # a mistake in the text: what was made of it is of no more use
+            shutil.rmtree(folder)
+            raise
+        if plan.options.dedup:
+            mark_duplicates(parts, len(plan.units))
+        starts = _DocumentStarts(parts, len(plan.units))
+        with atomic_write(corpus / DOCUMENTS) as file:
+            for block in starts:
+                file.write(block)
+        shards = _shards(pool, parts, starts.unit_tokens, plan.options.shard_tokens)
+    counts = sum(read_counts(parts, index) for index in range(len(shards)))
+    with atomic_write(corpus / COUNTS) as file:
+        file.write(counts)
+    tokenizer.save(corpus / TOKENIZER)
+    manifest = Manifest(
+        documents=starts.documents,
+        tokens=sum(starts.unit_tokens),
+        text_bytes=starts.text_bytes,
+        dtype=token_dtype_name(tokenizer.vocab_size),
+        vocab_size=tokenizer.vocab_size,
+        tokenizer_sha256=tokenizer.sha256,
+        documents_sha256=starts.sha256.hexdigest(),
+        unigram_entropy_nats=unigram_entropy(counts, tokenizer.special_ids),
+        shards=tuple(shards),
+        counts_sha256=hashlib.sha256(counts).hexdigest(),
+        duplicates=starts.duplicates if plan.options.dedup else None,
+    )
+    write_manifest(corpus, manifest)
+    return manifest
 
 
-def _encode(batch: list[Paragraph], tokenizer: Tokenizer, threads: int, writer: "_Writer") -> None:
-    encoded = tokenizer.encode_batch([paragraph.text for paragraph in batch], threads)
-    for paragraph, ids in zip(batch, encoded, strict=True):
-        if paragraph.starts_document:
-            writer.end_document()
-        writer.add(ids, len(paragraph.text.encode()))
-    writer.flush()
+def _encode(pool: Workers, plan: Plan, progress: Callable[[int, float], None] | None) -> None:
+    tokens = 0
+    for done, count in enumerate(pool.encode(range(len(plan.units))), 1):
+        tokens += count
+        if progress is not None:
+            progress(tokens, done / len(plan.units))
+    plan.check_files()
+    if tokens == 0:
+        raise UserError("the input holds no text: there is nothing to build a corpus from")
 
 
-class _HashedFile:
-    """A new file whose checksum is known when its last byte is written."""
-
-    def __init__(self, path: Path):
-        self._file = open(path, "xb")  # noqa: SIM115 (stays open between calls)
-        self._hash = hashlib.sha256()
-
-    def write(self, array: np.ndarray) -> None:
-        data = memoryview(array).cast("B")
-        self._file.write(data)
-        self._hash.update(data)
-
-    def finish(self) -> str:
-        """Put the bytes on disk, close the file, return the SHA-256."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        return self._hash.hexdigest()
-
-    def close(self) -> None:
-        self._file.close()
+def _shards(
+    pool: Workers, parts: Path, unit_tokens: Sequence[int], shard_tokens: int
+) -> list[Shard]:
+    """Write the shards; a unit's ids are removed when they are in shards, to spare the disk."""
+    tasks = list(shard_tasks(unit_tokens, shard_tokens))
+    done: dict[int, Shard] = {}
+    removed = first = 0
+    for index, shard in pool.shards(tasks):
+        done[index] = shard
+        while first in done:
+            first += 1
+        needed = tasks[first].sources[0][0] if first < len(tasks) else len(unit_tokens)
+        for unit in range(removed, needed):
+            part_path(parts, unit, "ids").unlink(missing_ok=True)
+        removed = max(removed, needed)
+    return [done[index] for index in range(len(tasks))]
 
 
-class _Writer:
-    """The token stream and the document starts, on their way to disk."""
+class _DocumentStarts:
+    """Iterates over where the documents that stay start, in blocks; the figures are for after.
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer, shard_tokens: int):
-        self.tokens = 0
-        self._folder = folder
-        self._tokenizer = tokenizer
-        self._shard_tokens = shard_tokens
-        self._dtype = token_dtype_name(tokenizer.vocab_size)
-        self._counts = np.zeros(tokenizer.vocab_size, np.int64)
-        self._documents = 0
-        self._text_bytes = 0
-        self._in_document = False
-        self._pending: list[list[int]] = []  # since the last flush
-        self._pending_starts: list[int] = []
-        self._starts_file = _HashedFile(folder / DOCUMENTS)
-        self._shards: list[Shard] = []
-        self._shard_file: _HashedFile | None = None
-        self._shard_filled = 0
+    Attributes:
+        unit_tokens: of each unit, the tokens that stay.
+        documents, text_bytes: what stays.
+        duplicates: documents that do not.
+        sha256: of all blocks.
+    """
 
-    def close(self) -> None:
-        """Let go of the files; to be called whether or not the build came to its end."""
-        self._starts_file.close()
-        if self._shard_file is not None:
-            self._shard_file.close()
+    def __init__(self, parts: Path, units: int):
+        self._parts, self._units = parts, units
+        self.unit_tokens: list[int] = []
+        self.documents = self.text_bytes = self.duplicates = 0
+        self.sha256 = hashlib.sha256()
 
-    def add(self, ids: list[int], text_bytes: int) -> None:
-        """Append a paragraph to the open document, opening one if none is."""
-        if not ids:
-            return
-        if not self._in_document:
-            self._pending_starts.append(self.tokens)
-            self._append([self._tokenizer.bos_id])
-            self._in_document = True
-        self._append(ids)
-        self._text_bytes += text_bytes
-
-    def end_document(self) -> None:
-        if self._in_document:
-            self._append([self._tokenizer.eos_id])
-            self._in_document = False
-
-    def flush(self) -> None:
-        """Write what has been added; to be called often enough to bound memory."""
-        ids = np.fromiter(itertools.chain.from_iterable(self._pending), TOKEN_DTYPES[self._dtype])
-        self._counts += np.bincount(ids, minlength=self._counts.size)
-        starts = np.array(self._pending_starts, DOCUMENT_DTYPE)
-        self._starts_file.write(starts)
-        self._documents += starts.size
-        self._pending, self._pending_starts = [], []
-        while ids.size:
-            if self._shard_file is None:
-                path = self._folder / shard_name(len(self._shards))
-                self._shard_file, self._shard_filled = _HashedFile(path), 0
-            part = ids[: self._shard_tokens - self._shard_filled]
-            self._shard_file.write(part)
-            self._shard_filled += part.size
-            if self._shard_filled == self._shard_tokens:
-                self._finish_shard()
-            ids = ids[part.size :]
-
-    def finish(self) -> Manifest:
-        """Write the rest and return the manifest."""
-        self.flush()
-        if self._shard_file is not None:
-            self._finish_shard()
-        return Manifest(
-            documents=self._documents,
-            tokens=self.tokens,
-            text_bytes=self._text_bytes,
-            dtype=self._dtype,
-            vocab_size=self._tokenizer.vocab_size,
-            tokenizer_sha256=self._tokenizer.sha256,
-            documents_sha256=self._starts_file.finish(),
-            unigram_entropy_nats=unigram_entropy(self._counts, self._tokenizer.special_ids),
-            shards=tuple(self._shards),
-        )
-
-    def _append(self, ids: list[int]) -> None:
-        self._pending.append(ids)
-        self.tokens += len(ids)
-
-    def _finish_shard(self) -> None:
-        self._shards.append(Shard(self._shard_filled, self._shard_file.finish()))
-        self._shard_file = None
+    def __iter__(self) -> Iterator[np.ndarray]:
+        place = 0
+        for unit in range(self._units):
+            first = place
+            for records, keep in documents_of(self._parts, unit):
+                stay = records[keep]
+                ends = place + np.cumsum(stay["tokens"])
+                block = (ends - stay["tokens"]).astype(DOCUMENT_DTYPE)
+                place += int(stay["tokens"].sum())
+                self.documents += stay.size
+                self.duplicates += records.size - stay.size
+                self.text_bytes += int(stay["text_bytes"].sum())
+                self.sha256.update(block)
+                yield block
+            self.unit_tokens.append(place - first)
 
 
 def unigram_entropy(counts: np.ndarray, special_ids: Sequence[int]) -> float:

@@ -3,6 +3,7 @@
 manifest.json      what is below, with counts and checksums
 tokenizer.model    the tokenizer whose ids the shards hold
 documents.bin      where each document starts in the token stream: little-endian uint64
+counts.bin         how often each id occurs: little-endian int64 (not in version 1)
 shard-00000.bin    the token stream `<s> ... </s> <s> ... </s> ...`, cut into files of equal
 shard-00001.bin    length: little-endian uint16, or uint32 for more than 65536 ids
 """
@@ -19,10 +20,12 @@ from metro_ext.atomic import atomic_write
 from metro_ext.errors import UserError
 
 FORMAT = "metro-corpus"
-VERSION = 1
+VERSION = 2
+READABLE_VERSIONS = (1, 2)
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
 DOCUMENTS = "documents.bin"
+COUNTS = "counts.bin"
 DOCUMENT_DTYPE = "<u8"
 TOKEN_DTYPES = {"uint16": "<u2", "uint32": "<u4"}
 ITEM_BYTES = {"uint16": 2, "uint32": 4}
@@ -52,6 +55,8 @@ class Manifest:
     documents, tokens and text_bytes count what is stored: `<s>` and `</s>` are among the tokens,
     text_bytes are the UTF-8 bytes of the paragraphs without line breaks. unigram_entropy_nats is
     the entropy, in nats a token, of the corpus's own distribution over its non-special tokens.
+    duplicates are the documents left out because an earlier one has the same text, None if nobody
+    looked. Version 1 has no counts_sha256 ("") and no duplicates.
     """
 
     documents: int
@@ -63,6 +68,8 @@ class Manifest:
     documents_sha256: str
     unigram_entropy_nats: float
     shards: tuple[Shard, ...]
+    counts_sha256: str = ""
+    duplicates: int | None = None
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -94,10 +101,10 @@ def read_manifest(folder: str | os.PathLike) -> Manifest:
         )
     if not isinstance(body, dict) or body.get("format") != FORMAT:
         raise UserError(f"{path}: not the manifest of a {FORMAT}: build the corpus again")
-    if body.get("version") != VERSION:
+    if body.get("version") not in READABLE_VERSIONS:
         raise UserError(
-            f"{path}: expected format version {VERSION}, found {body.get('version')!r}: build the "
-            "corpus again with this version of metro_ext"
+            f"{path}: expected format version {VERSION} or older, found "
+            f"{body.get('version')!r}: build the corpus again with this version of metro_ext"
         )
     recorded = body.pop("sha256", None)
     if recorded != _checksum(body):
@@ -118,6 +125,8 @@ def _checksum(body: dict[str, Any]) -> str:
 def _manifest(body: dict[str, Any]) -> Manifest:
     """Build the dataclass, letting nothing through that the reader relies on unchecked."""
     values = {k: v for k, v in body.items() if k not in ("format", "version")}
+    if body["version"] > 1 and not {"counts_sha256", "duplicates"} <= set(values):
+        raise ValueError("counts_sha256 or duplicates is missing")
     shards = tuple(Shard(**shard) for shard in values.pop("shards"))
     manifest = Manifest(**values, shards=shards)
     counts = [
@@ -129,6 +138,12 @@ def _manifest(body: dict[str, Any]) -> Manifest:
     counts += [shard.tokens for shard in shards]
     if not all(type(count) is int and count > 0 for count in counts):
         raise ValueError("a count is not a positive whole number")
+    if manifest.duplicates is not None and not (
+        type(manifest.duplicates) is int and manifest.duplicates >= 0
+    ):
+        raise ValueError("duplicates is not a whole number")
+    if type(manifest.counts_sha256) is not str:
+        raise ValueError("counts_sha256 is not text")
     if manifest.dtype != token_dtype_name(manifest.vocab_size):
         raise ValueError(f"dtype {manifest.dtype!r} does not go with {manifest.vocab_size} ids")
     if sum(shard.tokens for shard in shards) != manifest.tokens:

@@ -5,8 +5,9 @@ Files in the run's folder, one JSON object a line:
 - `metrics.jsonl`: training metrics of an interval. Holds nothing that depends on the clock, so
   that a resumed run's file is byte for byte that of the unbroken run.
 - `evaluation.jsonl`: metrics on held-out text, likewise.
-- `timing.jsonl`: tokens_per_s, mfu (share of the peak FLOP/s, null where the peak is unknown) and
-  seconds (of the interval, without evaluations and checkpoints).
+- `timing.jsonl`: tokens_per_s, mfu (share of the peak FLOP/s, null where the peak is unknown),
+  seconds (of the interval, without evaluations and checkpoints) and data_wait (the share of them
+  that the loop stood still for a batch).
 
 Numbers are written so that they read back as the same bits; a metric that the objective does not
 have is null; NaN and infinity, which JSON lacks, are the strings float() reads.
@@ -79,6 +80,7 @@ class Monitor:
         self._bar_shown = False
         self._bar_time = -math.inf
         self._interval_start = clock()
+        self._waited = 0.0
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Records an interval that ends with `step`, and prints its line.
@@ -98,7 +100,13 @@ class Monitor:
                 mfu = tokens_per_s * self._flops_per_token / self._peak_flops
             self._tokens = tokens
         eta = (self._total - step) * seconds / max(step - self._step, 1)
-        timing = {"tokens_per_s": tokens_per_s, "mfu": mfu, "seconds": seconds}
+        timing = {
+            "tokens_per_s": tokens_per_s,
+            "mfu": mfu,
+            "seconds": seconds,
+            "data_wait": self._waited / seconds,
+        }
+        self._waited = 0.0
         self._metrics.append(step, values)
         self._timing.append(step, timing)
         self._to_board("train", step, values | timing)
@@ -132,6 +140,15 @@ class Monitor:
             yield
         finally:
             self._interval_start += self._clock() - start
+
+    @contextlib.contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Around the fetching of batches: counted in data_wait."""
+        start = self._clock()
+        try:
+            yield
+        finally:
+            self._waited += self._clock() - start
 
     def sync(self) -> None:
         """Puts all records on disk; call before a checkpoint that a resume will count on."""
@@ -183,6 +200,9 @@ class Silent:
         pass
 
     def untimed(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()
+
+    def waiting_for_data(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext()
 
     def sync(self) -> None:
@@ -300,6 +320,7 @@ def _line(
             f"lr {'-' if values['lr'] is None else format(values['lr'], '.2e')}",
             f"{'-' if rate is None else _thousands(rate):>6} tok/s",
             f"MFU {'-' if mfu is None else f'{mfu:.1%}':>5}",
+            f"data wait {timing['data_wait']:.1%}",
             f"ETA {_duration(eta)}",
         ]
     )

@@ -2,14 +2,17 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 
 from metro_ext.config_schema import Config
-from metro_ext.corpus import Corpus, build_corpus
+from metro_ext.corpus import Corpus
+from metro_ext.corpus_build import build_corpus
 from metro_ext.corpus_format import MANIFEST
 from metro_ext.errors import UserError
+from metro_ext.mixture import Mixture, split_weight
 from metro_ext.sample_text import sample_paths
 from metro_ext.tokenizer import Tokenizer, train_tokenizer
 
@@ -18,10 +21,10 @@ TOKENIZER_FILE = "tokenizer.model"
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run reads: the tokenizer, both corpora, and the configuration with its vocabulary."""
+    """What a run reads: the tokenizer, both texts, and the configuration with its vocabulary."""
 
     tokenizer: Tokenizer
-    train: Corpus
+    train: Mixture
     valid: Corpus
     config: Config
 
@@ -42,8 +45,9 @@ def prepare(config: Config, say: Callable[[str], None]) -> Prepared:
         train, valid = tuple([str(path)] for path in sample_paths())
     elif not valid:
         raise UserError("data.valid must name held-out text when data.train is given")
-    tokenizer = _tokenizer(config, folder, train, say)
-    train_corpus = _corpus(train, tokenizer, folder / "data" / "train", say)
+    entries = [split_weight(entry) for entry in train]
+    tokenizer = _tokenizer(config, folder, [path for path, _ in entries], say)
+    mixture = _mixture(entries, tokenizer, folder / "data", say)
     valid_corpus = _corpus(valid, tokenizer, folder / "data" / "valid", say)
     wanted = config.model.vocab_size
     if wanted not in (0, tokenizer.vocab_size):
@@ -52,16 +56,16 @@ def prepare(config: Config, say: Callable[[str], None]) -> Prepared:
             f"found {wanted}"
         )
     config = replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))
-    return Prepared(tokenizer, train_corpus, valid_corpus, config)
+    return Prepared(tokenizer, mixture, valid_corpus, config)
 
 
-def unigram_nats(corpus: Corpus) -> np.ndarray:
-    """-ln p of every id under the add-one unigram model of a corpus: float64 [V].
+def unigram_nats(mixture: Mixture) -> np.ndarray:
+    """-ln p of every id under the add-one unigram model of a training text: float64 [V].
 
     Special ids take no part; they are infinitely surprising.
     """
-    counts = corpus.unigram_counts().astype(np.float64) + 1
-    counts[list(corpus.tokenizer.special_ids)] = 0
+    counts = mixture.unigram_counts() + 1
+    counts[list(mixture.corpora[0].tokenizer.special_ids)] = 0
     with np.errstate(divide="ignore"):
         return np.log(counts.sum()) - np.log(counts)
 
@@ -86,6 +90,31 @@ def _tokenizer(
         tokenizer = train_tokenizer(train, config.data.vocab_size, cased=config.data.cased)
     tokenizer.save(own)
     return tokenizer
+
+
+def _mixture(
+    entries: Sequence[tuple[str, Fraction | None]],
+    tokenizer: Tokenizer,
+    folder: Path,
+    say: Callable[[str], None],
+) -> Mixture:
+    """Corpora with weights or, without any, corpora by their size, or text files as one corpus."""
+    paths, weights = zip(*entries, strict=True)
+    weighted = [weight for weight in weights if weight is not None]
+    if not weighted and not _is_corpus(paths[0]):
+        return Mixture.of([_corpus(paths, tokenizer, folder / "train", say)])
+    if weighted and len(weighted) < len(paths):
+        path = paths[weights.index(None)]
+        raise UserError(f"data.train: expected a weight for each text or for none, {path} has none")
+    for weight in weighted:  # found here, before any text is encoded
+        if weight < 0:
+            raise UserError(f"data.train: expected weights of at least 0, found {float(weight):g}")
+    if weighted and not any(weighted):
+        raise UserError("data.train: the weights are all 0: give one of the texts a share")
+    corpora = [
+        _corpus([path], tokenizer, folder / f"train-{i}", say) for i, path in enumerate(paths)
+    ]
+    return Mixture.of(corpora, weighted or None)
 
 
 def _corpus(

@@ -1,14 +1,19 @@
-"""Documents from .txt and .jsonl files, plain or compressed, in constant memory.
+"""Documents from .txt, .jsonl and .parquet files, in constant memory.
 
-In a .txt file a document is a run of lines between blank lines; the end of a file ends a document
-too. In a .jsonl file a document is one field of one line. Either way it comes out as a stream of
+.txt and .jsonl may be compressed by gzip, xz or zstd. In a .txt file a document is a run of lines
+between blank lines; the end of a file ends a document too. In a .jsonl file a document is one field
+of one line, in a .parquet file a row of one column. Either way it comes out as a stream of
 paragraphs, a paragraph being one line of the document, so that a document may be longer than
 memory. A line longer than `PARAGRAPH_BYTES` is cut at a space: the tokenizer treats a line break as
 a space, so the cut changes no token. (One without any space is cut between two characters.)
+
+A file can be read in parts (`file_parts`), each by another process: the parts' documents, one part
+after the other, are the file's.
 """
 
 import gzip
 import io
+import itertools
 import json
 import lzma
 import os
@@ -17,11 +22,15 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from metro_ext import parquet_files
 from metro_ext.errors import UserError
+from metro_ext.zstd_files import open_zstd
 
 FORMATS = (".txt", ".jsonl")
-COMPRESSIONS = ("", ".gz", ".xz")
-SUFFIXES = tuple(f + c for f in FORMATS for c in COMPRESSIONS)
+COMPRESSIONS = ("", ".gz", ".xz", ".zst")
+PARQUET = ".parquet"
+SUFFIXES = (*(f + c for f in FORMATS for c in COMPRESSIONS), PARQUET)
+FIELD_HELP = "field of .jsonl lines, column of .parquet files, with the text (text)"
 
 PARAGRAPH_BYTES = 1 << 16
 JSON_LINE_BYTES = 1 << 28  # one JSON object has to be parsed whole
@@ -68,37 +77,102 @@ def find_text_files(inputs: Iterable[str | os.PathLike]) -> list[Path]:
     return files
 
 
-def read_paragraphs(path: str | os.PathLike, jsonl_field: str = "text") -> Iterator[Paragraph]:
+class Part(NamedTuple):
+    """A stretch of a file: bytes of a plain file, row groups of a .parquet file.
+
+    Of a .txt file it has the documents that follow a blank line which begins in the stretch (and,
+    if it begins at 0, the first), of a .jsonl file the lines that begin in it.
+    """
+
+    begin: int
+    end: int
+
+
+WHOLE = Part(0, 1 << 63)
+
+
+def file_parts(path: str | os.PathLike, part_bytes: int) -> list[Part]:
+    """Cut a file into parts of about `part_bytes`; a compressed file is one part.
+
+    Raises:
+        UserError: a .parquet file that cannot be read.
+    """
+    path = Path(path)
+    if path.suffix == PARQUET:
+        return _row_group_parts(parquet_files.row_group_bytes(path), part_bytes)
+    if path.suffix not in FORMATS or not path.is_file():
+        return [WHOLE]
+    size = path.stat().st_size
+    return [Part(begin, min(begin + part_bytes, size)) for begin in range(0, size, part_bytes)]
+
+
+def _row_group_parts(sizes: list[int], part_bytes: int) -> list[Part]:
+    parts, begin, filled = [], 0, 0
+    for end, size in enumerate(sizes, 1):
+        filled += size
+        if filled >= part_bytes or end == len(sizes):
+            parts.append(Part(begin, end))
+            begin, filled = end, 0
+    return parts
+
+
+def check_text_file(path: Path, field: str) -> None:
+    """Find early what reading the file would find late: a missing extra, a missing column.
+
+    Raises:
+        UserError: says which.
+    """
+    if path.suffix == PARQUET:
+        parquet_files.check_column(path, field)
+    elif path.suffix == ".zst":
+        open_zstd(path).close()
+
+
+def read_paragraphs(
+    path: str | os.PathLike, field: str = "text", part: Part = WHOLE
+) -> Iterator[Paragraph]:
     """Stream the paragraphs of one file.
 
     Args:
         path: a file ending in one of `SUFFIXES`.
-        jsonl_field: the field of each .jsonl line that holds the document's text.
+        field: the field of each .jsonl line, the column of a .parquet file, that holds the text.
+        part: which of its documents; made by `file_parts`.
 
     Raises:
         UserError: an empty file, damaged compression, invalid UTF-8, a .jsonl line that is no JSON
-            object or lacks the field; the message names the file and the line.
+            object or lacks the field, a .parquet file that is damaged, lacks the column or has
+            something else than text in it; the message names the file and the line or row.
     """
     path = Path(path)
+    if path.suffix == PARQUET:
+        texts = parquet_files.read_column(path, field, part.begin, part.end)
+        yield from itertools.chain.from_iterable(map(_text_paragraphs, texts))
+        return
     try:
         with _open(path) as stream:
             # One byte ahead: an empty file is a mistake of the user's, found here also when packed.
             if not stream.peek(1):
                 raise _empty(path)
-            if path.name.removesuffix(".gz").removesuffix(".xz").endswith(".jsonl"):
-                yield from _read_jsonl(stream, path, jsonl_field)
+            form = path.name.removesuffix(path.suffix) if path.suffix in COMPRESSIONS else path.name
+            begin = _seek_line(stream, part)
+            if begin >= part.end:
+                return
+            if form.endswith(".jsonl"):
+                yield from _read_jsonl(stream, path, field, begin, part.end)
             else:
-                yield from _read_text(stream, path)
+                yield from _read_text(stream, path, begin, part.end)
     except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path}: the compressed file is damaged or cut short ({error})") from error
 
 
 def _open(path: Path) -> io.BufferedReader:
     # Short lines are read many times faster through one more buffer than by the decompressors.
-    if path.name.endswith(".gz"):
+    if path.suffix == ".gz":
         return io.BufferedReader(gzip.open(path, "rb"))
-    if path.name.endswith(".xz"):
+    if path.suffix == ".xz":
         return io.BufferedReader(lzma.open(path, "rb"))
+    if path.suffix == ".zst":
+        return io.BufferedReader(open_zstd(path), 1 << 16)
     return open(path, "rb")
 
 
@@ -106,27 +180,47 @@ def _empty(path: Path) -> UserError:
     return UserError(f"{path}: the file is empty: remove it or give it some text")
 
 
-def _read_text(stream: io.BufferedReader, path: Path) -> Iterator[Paragraph]:
-    starts_document = True
-    for text, whole in _read_lines(stream, path):
+def _seek_line(stream: io.BufferedReader, part: Part) -> int:
+    """Go to the first line that begins in the part; its offset, or one that is not in the part."""
+    if part.begin == 0:
+        return 0
+    place = stream.seek(part.begin - 1)
+    while place < part.end:
+        piece = stream.readline(PARAGRAPH_BYTES)
+        place += len(piece)
+        if not piece or piece.endswith(b"\n"):
+            break
+    return place
+
+
+def _read_text(stream: io.BufferedReader, path: Path, begin: int, end: int) -> Iterator[Paragraph]:
+    inside = starts_document = begin == 0  # until a blank line: another part's document
+    for offset, text, whole in _read_lines(stream, path, begin):
         if text and not text.isspace():
-            yield Paragraph(text, starts_document)
-            starts_document = False
+            if inside:
+                yield Paragraph(text, starts_document)
+                starts_document = False
+            elif offset >= end:
+                return
         elif whole:
-            starts_document = True
+            if offset >= end:
+                return
+            inside = starts_document = True
 
 
-def _read_lines(stream: io.BufferedReader, path: Path) -> Iterator[tuple[str, bool]]:
-    """Lines as (text, whether this is the whole line), those too long in several pieces."""
-    line, offset, rest, starts_line = 1, 0, b"", True
+def _read_lines(
+    stream: io.BufferedReader, path: Path, begin: int = 0
+) -> Iterator[tuple[int, str, bool]]:
+    """Lines as (offset, text, whether this is the whole line), those too long in pieces."""
+    line, offset, rest, starts_line = 1, begin, b"", True
     while True:
         raw = rest + stream.readline(PARAGRAPH_BYTES - len(rest))
         if not raw:
             return
         ends_line = raw.endswith(b"\n") or len(raw) < PARAGRAPH_BYTES
         cut = len(raw) if ends_line else _cut_before(raw)
-        text = _decode(raw[:cut], path, line, offset)
-        yield text.rstrip("\r\n"), starts_line and ends_line
+        text = _decode(raw[:cut], path, line, offset, begin)
+        yield offset, text.rstrip("\r\n"), starts_line and ends_line
         offset += cut
         rest = raw[cut:]
         starts_line = ends_line
@@ -144,33 +238,52 @@ def _cut_before(raw: bytes) -> int:
     return cut - 1
 
 
-def _decode(raw: bytes, path: Path, line: int, offset: int) -> str:
+def _decode(raw: bytes, path: Path, line: int, offset: int, begin: int) -> str:
     try:
         # A byte order mark is no part of the text.
         return raw.decode("utf-8-sig" if offset == 0 else "utf-8")
     except UnicodeDecodeError as error:
+        byte = error.object[error.start]
         raise UserError(
-            f"{path}: line {line} is not valid UTF-8 (byte 0x{error.object[error.start]:02x} at "
-            f"offset {offset + error.start}): convert the file to UTF-8"
+            f"{path}: line {_line_number(path, begin, line)} is not valid UTF-8 (byte "
+            f"0x{byte:02x} at offset {offset + error.start}): convert the file to UTF-8"
         ) from error
 
 
-def _read_jsonl(stream: io.BufferedReader, path: Path, field: str) -> Iterator[Paragraph]:
-    line, offset = 0, 0
-    while raw := stream.readline(JSON_LINE_BYTES):
+def _line_number(path: Path, begin: int, line: int) -> int:
+    """The number in the file of the line that is number `line` from offset `begin` on."""
+    with open(path, "rb") as file:
+        blocks = iter(lambda: file.read(min(1 << 20, begin - file.tell())), b"")
+        return line + sum(block.count(b"\n") for block in blocks)
+
+
+def _read_jsonl(
+    stream: io.BufferedReader, path: Path, field: str, begin: int, end: int
+) -> Iterator[Paragraph]:
+    line, offset = 0, begin
+    while offset < end and (raw := stream.readline(JSON_LINE_BYTES)):
         line += 1
         if len(raw) == JSON_LINE_BYTES:
-            raise UserError(f"{path}: line {line} is longer than {JSON_LINE_BYTES} bytes")
-        decoded = _decode(raw, path, line, offset)
+            number = _line_number(path, begin, line)
+            raise UserError(f"{path}: line {number} is longer than {JSON_LINE_BYTES} bytes")
+        decoded = _decode(raw, path, line, offset, begin)
         offset += len(raw)
-        if decoded.isspace():
-            continue
-        starts_document = True
-        for text in _json_field(decoded, path, line, field).split("\n"):
-            for piece in _cut_text(text):
-                if piece and not piece.isspace():
-                    yield Paragraph(piece, starts_document)
-                    starts_document = False
+        if not decoded.isspace():
+            try:
+                text = _json_field(decoded, field)
+            except _JsonError as error:
+                number = _line_number(path, begin, line)
+                raise UserError(f"{path}: line {number}{error}") from error
+            yield from _text_paragraphs(text)
+
+
+def _text_paragraphs(document: str) -> Iterator[Paragraph]:
+    starts_document = True
+    for text in document.split("\n"):
+        for piece in _cut_text(text):
+            if piece and not piece.isspace():
+                yield Paragraph(piece, starts_document)
+                starts_document = False
 
 
 def _cut_text(text: str) -> Iterator[str]:
@@ -183,31 +296,31 @@ def _cut_text(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _json_field(decoded: str, path: Path, line: int, field: str) -> str:
+class _JsonError(Exception):
+    """The rest of a sentence that begins with the file and the line."""
+
+
+def _json_field(decoded: str, field: str) -> str:
     try:
         record = json.loads(decoded)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: line {line} is not valid JSON ({error})") from error
+        raise _JsonError(f" is not valid JSON ({error})") from error
     if not isinstance(record, dict):
-        raise UserError(
-            f"{path}: line {line}: expected a JSON object, found {type(record).__name__}"
-        )
+        raise _JsonError(f": expected a JSON object, found {type(record).__name__}")
     if field not in record:
         names = ", ".join(sorted(record)[:8]) or "none"
-        raise UserError(
-            f"{path}: line {line} has no field {field!r} (its fields: {names}): name the field "
-            "that holds the text with --jsonl-field"
+        raise _JsonError(
+            f" has no field {field!r} (its fields: {names}): name the field that holds the text "
+            "with --field"
         )
     text = record[field]
     if not isinstance(text, str):
-        raise UserError(
-            f"{path}: line {line}: expected text in field {field!r}, found {type(text).__name__}"
-        )
+        raise _JsonError(f": expected text in field {field!r}, found {type(text).__name__}")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UserError(
-            f"{path}: line {line}: field {field!r} holds half of a surrogate pair at character "
-            f"{error.start}, which is no text"
+        raise _JsonError(
+            f": field {field!r} holds half of a surrogate pair at character {error.start}, which "
+            "is no text"
         ) from error
     return text

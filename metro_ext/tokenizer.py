@@ -26,7 +26,7 @@ import sentencepiece
 from metro_ext.atomic import atomic_write
 from metro_ext.command_line import run
 from metro_ext.errors import UserError
-from metro_ext.text_files import PARAGRAPH_BYTES, find_text_files, read_paragraphs
+from metro_ext.text_files import FIELD_HELP, PARAGRAPH_BYTES, find_text_files, read_paragraphs
 
 BOS_ID, PAD_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
 BOS_PIECE, PAD_PIECE, EOS_PIECE, UNK_PIECE = "<s>", "<pad>", "</s>", "<unk>"
@@ -191,7 +191,7 @@ def train_tokenizer(
     inputs: Iterable[str | os.PathLike],
     vocab_size: int,
     cased: bool = False,
-    jsonl_field: str = "text",
+    field: str = "text",
     character_coverage: float = 0.9995,
     sample_bytes: int = DEFAULT_SAMPLE_BYTES,
     seed: int = 0,
@@ -202,7 +202,7 @@ def train_tokenizer(
         inputs: text files or folders (`metro_ext.text_files`).
         vocab_size: the exact number of ids, the five special ones and 256 bytes included.
         cased: keep capital letters; otherwise sentencepiece's normaliser folds case.
-        jsonl_field: the field of .jsonl lines that holds the text.
+        field: the field of .jsonl lines, the column of .parquet files, that holds the text.
         character_coverage: share of the text's characters that get a piece of their own; the rest
             is written in bytes.
         sample_bytes: train on a random sample of the paragraphs of about this size if the text is
@@ -219,7 +219,7 @@ def train_tokenizer(
     texts = (
         paragraph.text.replace(_MASK_STAND_IN, "")
         for file in find_text_files(inputs)
-        for paragraph in read_paragraphs(file, jsonl_field)
+        for paragraph in read_paragraphs(file, field)
     )
     sample = sample_texts(texts, sample_bytes, seed)
     if not sample:
@@ -298,7 +298,7 @@ def _train(arguments: argparse.Namespace) -> None:
         arguments.inputs,
         arguments.vocab_size,
         cased=arguments.cased,
-        jsonl_field=arguments.jsonl_field,
+        field=arguments.field,
         character_coverage=arguments.character_coverage,
         sample_bytes=arguments.sample_bytes,
         seed=arguments.seed,
@@ -348,7 +348,7 @@ def _parser() -> argparse.ArgumentParser:
     case.add_argument("--cased", action="store_true", help="keep capital letters")
     case.add_argument("--uncased", action="store_false", dest="cased", help="fold case (default)")
     train.set_defaults(cased=False)
-    train.add_argument("--jsonl-field", default="text", metavar="NAME")
+    train.add_argument("--field", default="text", metavar="NAME", help=FIELD_HELP)
     train.add_argument("--character-coverage", type=float, default=0.9995, metavar="SHARE")
     train.add_argument("--sample-bytes", type=int, default=DEFAULT_SAMPLE_BYTES, metavar="N")
     train.add_argument("--seed", type=int, default=0, help="of the sample of a larger text")

@@ -40,7 +40,7 @@ from metro_ext.tokenizer import (
 SEPARATOR = "\x01"
 # Before and after every character beyond ASCII, and between the two that Unicode joins in ASCII.
 _BETWEEN = r"(?<=[^\x00-\x7F])(?=[\s\S])|(?=[^\x00-\x7F])|(?<=\r)(?=\n)"
-_NORMALIZER_SPEC, _CHARACTER_MAP = 3, 2  # field numbers in sentencepiece_model.proto
+NORMALIZER_SPEC, CHARACTER_MAP = 3, 2  # field numbers in sentencepiece_model.proto
 
 
 def tokenizer_document(tokenizer: Tokenizer) -> dict:
@@ -54,7 +54,7 @@ def tokenizer_document(tokenizer: Tokenizer) -> dict:
     vocabulary = {processor.id_to_piece(i): i for i in range(size)}
     if len(vocabulary) != size:
         raise UserError("the tokenizer has two ids for one piece: train it with metro_ext")
-    character_map = _fields_of(_fields_of(tokenizer.model)[_NORMALIZER_SPEC])[_CHARACTER_MAP]
+    character_map = message_fields(message_fields(tokenizer.model)[NORMALIZER_SPEC])[CHARACTER_MAP]
     special = (BOS_PIECE, PAD_PIECE, EOS_PIECE, UNK_PIECE, MASK_PIECE)
     return {
         "version": "1.0",
@@ -221,8 +221,8 @@ def character_map_entries(blob: bytes) -> Iterator[tuple[str, str]]:
             waiting.append((place ^ offset(unit), longer))
 
 
-def _fields_of(message: bytes) -> dict[int, bytes]:
-    """The last length-delimited value of each field of a protobuf message."""
+def message_fields(message: bytes) -> dict[int, bytes | int]:
+    """The last value of each field of a protobuf message: bytes, or a whole number."""
     found, place = {}, 0
 
     def varint() -> int:
@@ -239,7 +239,7 @@ def _fields_of(message: bytes) -> dict[int, bytes]:
     while place < len(message):
         field, wire = divmod(varint(), 8)
         if wire == 0:
-            varint()
+            found[field] = varint()
         elif wire == 2:
             size = varint()
             found[field] = message[place : place + size]

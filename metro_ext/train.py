@@ -91,6 +91,9 @@ def _introduce(trainer: Trainer, resumed: bool, say) -> None:
         f"{len(train) / 1e6:.2f} M tokens of text, {config.run.steps} steps of "
         f"{config.run.tokens_per_batch * config.run.accumulation} tokens; folder {trainer.folder}"
     )
+    if len(train.corpora) > 1:
+        for line in train.describe():
+            say(f"  {line}")
     if resumed:
         say(f"resuming after step {trainer.step}")
 

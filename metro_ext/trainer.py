@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from metro_ext import checkpoint
-from metro_ext.batches import BatchSource, evaluation_batches, micro_batch_index, prefetch
+from metro_ext.batches import evaluation_batches, micro_batch_index, prefetch, training_source
 from metro_ext.config import differences, from_dict, to_dict
 from metro_ext.cuda_graph import GraphedStep, wanted
 from metro_ext.distributed import AgreedError, World
@@ -74,7 +74,7 @@ class Trainer:
         self.engine = engine(self.config, objective, self.device, world)
         self.model = self.engine.model
         self.optimizer = AdamW(self.engine, self.config.optim)
-        self.source = BatchSource(
+        self.source = training_source(
             prepared.train,
             run_config.tokens_per_batch,
             model_config.sequence_length,
@@ -99,12 +99,15 @@ class Trainer:
         )
         depth = 2 * self.accumulation
         with contextlib.closing(prefetch(self.source, indices, depth)) as batches:
-            upcoming = list(itertools.islice(batches, self.accumulation))
+            with monitor.waiting_for_data():
+                upcoming = list(itertools.islice(batches, self.accumulation))
             inputs = StepInputs(upcoming, self.device)
             inputs.counts.copy_(self.world.sum(self._counts(upcoming)))
             take_step = self._prepared_step(inputs)
             for step in range(first + 1, config.steps + 1):
-                current, upcoming = upcoming, list(itertools.islice(batches, self.accumulation))
+                current = upcoming
+                with monitor.waiting_for_data():
+                    upcoming = list(itertools.islice(batches, self.accumulation))
                 rate = learning_rate(step, config.steps, self.config.optim)
                 inputs.fill(step, current, self._counts(upcoming), rate)
                 take_step()

@@ -42,8 +42,14 @@ def make_corpus(folder: Path, documents: Sequence[str], tokenizer: Tokenizer, **
     folder.mkdir(parents=True, exist_ok=True)
     text = folder / "text.txt"
     text.write_text("\n\n".join(documents) + "\n", encoding="utf-8")
-    build_corpus([text], tokenizer, folder / "corpus", threads=1, **options)
+    build_corpus([text], tokenizer, folder / "corpus", workers=1, **options)
     return Corpus.open(folder / "corpus")
+
+
+def same_files(one: Path, other: Path) -> bool:
+    """Whether two folders hold the same names with the same bytes."""
+    contents = [{p.name: p.read_bytes() for p in folder.iterdir()} for folder in (one, other)]
+    return contents[0] == contents[1]
 
 
 def real_text(name: str) -> str:

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from metro_ext import corpus as corpus_module
-from metro_ext import text_files
+from metro_ext import corpus_format, text_files
 from metro_ext.corpus import Corpus, unigram_cross_entropy
 from metro_ext.corpus_build import build_corpus, unigram_entropy
 from metro_ext.sample_text import sample_paths
@@ -48,20 +48,36 @@ def test_stream_documents_and_counts(tmp_path):
     corpus.verify()
 
 
-PACKERS = {"": lambda b: b, ".gz": gzip.compress, ".xz": lzma.compress}
+def zstd(content):
+    """Two frames, as `zstd a b` and parallel packers write them."""
+    packer = pytest.importorskip("zstandard").ZstdCompressor()
+    return packer.compress(content[:9]) + packer.compress(content[9:])
 
 
-@pytest.mark.parametrize("compression", PACKERS)
-@pytest.mark.parametrize("form", [".txt", ".jsonl"])
-def test_every_format_gives_the_same_corpus(tmp_path, form, compression):
-    tokenizer = small_tokenizer()
-    if form == ".txt":
-        content = "\n\n \n".join(DOCUMENTS)
+PACKERS = {"": lambda b: b, ".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstd}
+
+
+def write_text(path, documents):
+    """The documents in the format that the name says; in the field "body", if it has fields."""
+    if path.suffix == ".parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        table = pyarrow.table({"id": range(len(documents)), "body": documents})
+        pytest.importorskip("pyarrow.parquet").write_table(table, path, row_group_size=2)
+        return
+    if ".txt" in path.name:
+        content = "\n\n \n".join(documents)
     else:
-        content = "\n".join(json.dumps({"id": 1, "body": d}) for d in DOCUMENTS) + "\n\n"
-    file = tmp_path / f"text{form}{compression}"
-    file.write_bytes(PACKERS[compression](content.encode()))
-    build_corpus([file], tokenizer, tmp_path / "out", jsonl_field="body")
+        content = "\n".join(json.dumps({"id": 1, "body": d}) for d in documents) + "\n\n"
+    packed = path.suffix if path.suffix in PACKERS else ""
+    path.write_bytes(PACKERS[packed](content.encode()))
+
+
+@pytest.mark.parametrize("suffix", text_files.SUFFIXES)
+def test_every_format_gives_the_same_corpus(tmp_path, suffix):
+    tokenizer = small_tokenizer()
+    file = tmp_path / f"text{suffix}"
+    write_text(file, DOCUMENTS)
+    build_corpus([file], tokenizer, tmp_path / "out", field="body")
     stream = Corpus.open(tmp_path / "out").tokens(0, len(expected_stream(DOCUMENTS, tokenizer)))
     assert stream.tolist() == expected_stream(DOCUMENTS, tokenizer)
 
@@ -120,10 +136,27 @@ def test_cutting_long_lines_loses_no_character(letters):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(text_files, "PARAGRAPH_BYTES", 8)
         lines = list(text_files._read_lines(io.BytesIO(text.encode()), Path("t.txt")))
-    assert "".join(piece for piece, _ in lines) == text.replace("\n", "")
-    assert [piece for piece, whole in lines if whole and not piece] == [
+    assert "".join(piece for _, piece, _ in lines) == text.replace("\n", "")
+    assert [piece for _, piece, whole in lines if whole and not piece] == [
         line for line in text.removesuffix("\n").split("\n") if not line
     ]
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet"])
+@pytest.mark.parametrize("part_bytes", [1, 2, 7, 40, 1000])
+def test_the_parts_of_a_file_are_the_file(tmp_path, monkeypatch, suffix, part_bytes):
+    """Wherever it is cut: in a line, between documents, in a character, in a run of blank lines."""
+    monkeypatch.setattr(text_files, "PARAGRAPH_BYTES", 16)
+    documents = ["a b\nc", "é日🙂" * 9, "word " * 20 + "\nlast", "x", "   y\r\n z"]
+    file = tmp_path / f"text{suffix}"
+    write_text(file, documents * 3)
+    if suffix == ".txt":
+        file.write_bytes(b"\n\n" + file.read_bytes() + b"\n \n\n")
+    parts = text_files.file_parts(file, part_bytes)
+    assert len(parts) > 1 or part_bytes > 40
+    found = [p for part in parts for p in read_paragraphs(file, "body", part)]
+    assert found == list(read_paragraphs(file, "body"))
+    assert sum(paragraph.starts_document for paragraph in found) == 15
 
 
 @pytest.mark.parametrize("shard_tokens", [1, 7, 1000])
@@ -152,27 +185,6 @@ def test_more_than_65536_ids_take_four_bytes(tmp_path):
     assert ids.dtype == np.uint32 and ids.max() > 65535
     size = (corpus.folder / "shard-00000.bin").stat().st_size
     assert size == 4 * len(corpus)
-
-
-def test_a_build_repeats_byte_for_byte_on_any_number_of_threads(tmp_path):
-    tokenizer = small_tokenizer()
-    folders = [tmp_path / "1", tmp_path / "2"]
-    for threads, folder in enumerate(folders, start=1):
-        build_corpus([sample_paths()[1]], tokenizer, folder, shard_tokens=9999, threads=threads)
-    names = [sorted(p.name for p in folder.iterdir()) for folder in folders]
-    assert names[0] == names[1]
-    for name in names[0]:
-        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
-
-
-@pytest.mark.parametrize(("limit", "value"), [("_BATCH_CHARACTERS", 100), ("_BATCH_PARAGRAPHS", 3)])
-def test_small_batches_write_the_same_corpus(tmp_path, monkeypatch, limit, value):
-    tokenizer = small_tokenizer()
-    build_corpus([sample_paths()[1]], tokenizer, tmp_path / "1")
-    monkeypatch.setattr(f"metro_ext.corpus_build.{limit}", value)
-    build_corpus([sample_paths()[1]], tokenizer, tmp_path / "2")
-    for name in ("documents.bin", "shard-00000.bin", "manifest.json"):
-        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
 
 
 def test_unigram_figures(tmp_path):
@@ -215,8 +227,8 @@ def test_a_corpus_can_be_moved(tmp_path):
 # The peak of this program alone: ru_maxrss would count what the parent held when it forked.
 BUILD_AND_REPORT_PEAK = """
 import sys
-from metro_ext import corpus, corpus_build
-corpus_build._BATCH_CHARACTERS = 1 << 20  # both texts are several batches long
+from metro_ext import corpus, corpus_parts
+corpus_parts._BATCH_CHARACTERS = 1 << 19  # both texts are several batches long
 corpus.main(sys.argv[1:])
 status = dict(line.split(":", 1) for line in open("/proc/self/status"))
 print(int(status["VmHWM"].split()[0]) / 1024)
@@ -239,6 +251,24 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
         peaks.append(float(out.splitlines()[-1]))
     # The text grew by 7 MB, its ids as Python integers by some 50 MB.
     assert peaks[1] - peaks[0] < 8
+
+
+OLD_MANIFEST_KEYS = ("counts_sha256", "duplicates")
+
+
+def test_a_corpus_of_format_version_1_is_read(tmp_path):
+    corpus = make_corpus(tmp_path, DOCUMENTS * 3, small_tokenizer())
+    path = corpus.folder / "manifest.json"
+    body = json.loads(path.read_text())
+    body = {k: v for k, v in body.items() if k not in (*OLD_MANIFEST_KEYS, "sha256")}
+    body["version"] = 1
+    body["sha256"] = corpus_format._checksum(body)
+    path.write_text(json.dumps(body))
+    (corpus.folder / "counts.bin").unlink()
+    old = Corpus.open(corpus.folder)
+    old.verify()
+    assert old.manifest.duplicates is None
+    assert old.unigram_counts().tolist() == corpus._count().tolist()
 
 
 def test_real_text(tmp_path):

@@ -5,15 +5,16 @@ import gzip
 import json
 import lzma
 import os
-import signal
+import re
+import shutil
 import subprocess
-import time
+import sys
 from pathlib import Path
 
 import pytest
-from corpora import exit_code, make_corpus, small_tokenizer, start
+from corpora import exit_code, make_corpus, same_files, small_tokenizer, start
 
-from metro_ext import corpus, corpus_build, tokenizer
+from metro_ext import corpus, corpus_build, corpus_parts, corpus_plan, tokenizer
 from metro_ext.atomic import atomic_write
 from metro_ext.batches import BatchSource
 from metro_ext.command_line import run
@@ -54,6 +55,8 @@ BAD_TEXTS = {
     "garbage.txt.xz": (b"not xz at all", "damaged or cut short"),
     "garbage.txt.gz": (b"not gz at all", "damaged or cut short"),
     "crc.txt.gz": (gzip.compress(b"word " * 99)[:-8] + bytes(8), "damaged or cut short"),
+    "garbage.txt.zst": (b"not zstd at all", "damaged or cut short"),
+    "garbage.parquet": (b"not parquet at all", "the Parquet file is damaged or none"),
     "notes.pdf": (b"x", "expected a name that ends in one of .txt"),
 }
 
@@ -74,8 +77,93 @@ def test_bad_text(tmp_path, model, capsys, name):
     assert sorted(tmp_path.iterdir()) == before
 
 
+def parquet(folder, name, **columns):
+    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet").write_table(pyarrow.table(columns), folder / name)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"id": [1], "body": ["x"]}, "there is no column 'text' (its columns: id, body): name the"),
+        ({"text": [1, 2]}, "expected text in column 'text', found int64"),
+        ({"text": [b"x"]}, "expected text in column 'text', found binary"),
+        ({"text": ["x", None]}, "row 2: expected text in column 'text', found null"),
+    ],
+)
+def test_bad_parquet(tmp_path, model, capsys, columns, message):
+    """Also where a good file comes first: files of one folder may differ in their schema."""
+    parquet(tmp_path, "a.parquet", text=["fine"])
+    parquet(tmp_path, "b.parquet", **columns)
+    arguments = ["--tokenizer", model, "--output", tmp_path / "out"]
+    assert exit_code(corpus.main, "build", tmp_path, *arguments) == 2
+    assert f"b.parquet: {message}" in capsys.readouterr().err
+    assert not list(tmp_path.glob(".*")) and not (tmp_path / "out").exists()
+
+
+def test_cut_parquet_and_parquet_without_rows(tmp_path, model, capsys):
+    parquet(tmp_path, "a.parquet", text=["fine"] * 999)
+    whole = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "a.parquet").write_bytes(whole[:-9])
+    arguments = ["build", tmp_path, "--tokenizer", model, "--output", tmp_path / "out"]
+    assert exit_code(corpus.main, *arguments) == 2
+    assert "a.parquet: the Parquet file is damaged or none" in capsys.readouterr().err
+    (tmp_path / "a.parquet").write_bytes(
+        whole[:4] + bytes(len(whole) // 2) + whole[len(whole) // 2 + 4 :]
+    )
+    assert exit_code(corpus.main, *arguments) == 2
+    assert "a.parquet: the Parquet file is damaged or none" in capsys.readouterr().err
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet(tmp_path, "a.parquet", text=pyarrow.array([], pyarrow.string()))
+    assert exit_code(corpus.main, *arguments) == 2
+    assert "a.parquet: the file is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("cut", [3, 20, -1])
+def test_cut_zstd(tmp_path, model, capsys, cut):
+    packed = (
+        pytest.importorskip("zstandard").ZstdCompressor().compress(os.urandom(99).hex().encode())
+    )
+    file = bad_text(tmp_path, "cut.txt.zst", packed[:cut])
+    arguments = ["build", file, "--tokenizer", model, "--output", tmp_path / "out"]
+    assert exit_code(corpus.main, *arguments) == 2
+    assert "cut.txt.zst: the compressed file is damaged or cut short" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "package"), [("a.parquet", "pyarrow"), ("a.jsonl.zst", "zstandard")]
+)
+def test_missing_extra_is_named(tmp_path, model, capsys, monkeypatch, name, package):
+    bad_text(tmp_path, name, b"x")
+    monkeypatch.setitem(sys.modules, package, None)
+    arguments = ["build", tmp_path, "--tokenizer", model, "--output", tmp_path / "out"]
+    assert exit_code(corpus.main, *arguments) == 2
+    error = capsys.readouterr().err
+    assert f"{name}: reading" in error and f"{package}: pip install 'metro-ext[data]'" in error
+
+
+def test_the_line_of_a_mistake_is_the_file_s_in_every_part(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus_plan, "UNIT_BYTES", 50)
+    for name, content, message in (
+        ("a.jsonl", LINE * 40 + b"[1]\n", "line 41: expected a JSON object"),
+        (
+            "b.jsonl",
+            LINE * 40 + b"\xff\n",
+            f"line 41 is not valid UTF-8 (byte 0xff at offset {len(LINE) * 40})",
+        ),
+        (
+            "c.txt",
+            b"fine\n\n" * 40 + b"\xff\n",
+            "line 81 is not valid UTF-8 (byte 0xff at offset 240)",
+        ),
+    ):
+        file = bad_text(tmp_path, name, content)
+        with pytest.raises(UserError, match=re.escape(message)):
+            corpus_build.build_corpus([file], small_tokenizer(), tmp_path / "out", workers=2)
+
+
 def test_a_bad_file_after_good_ones_leaves_nothing(tmp_path, model, capsys, monkeypatch):
-    monkeypatch.setattr(corpus_build, "_BATCH_CHARACTERS", 1000)  # some shards are on disk by then
+    monkeypatch.setattr(corpus_plan, "UNIT_BYTES", 1000)  # some units are on disk by then
     texts = tmp_path / "texts"
     texts.mkdir()
     (texts / "a.txt").write_bytes(sample_paths()[1].read_bytes())
@@ -179,13 +267,15 @@ def test_truncated_file(built, capsys, name):
     assert f"too long: expected {size} bytes, found {size + 1}" in info_error(built, capsys)
 
 
-@pytest.mark.parametrize("name", ["shard-00001.bin", "documents.bin", "tokenizer.model"])
+@pytest.mark.parametrize(
+    "name", ["shard-00001.bin", "documents.bin", "counts.bin", "tokenizer.model"]
+)
 def test_missing_file(built, capsys, name):
     (built / name).unlink()
     assert f"{name}: the file is missing" in info_error(built, capsys)
 
 
-@pytest.mark.parametrize("name", ["shard-00000.bin", "shard-00002.bin", "documents.bin"])
+@pytest.mark.parametrize("name", ["shard-00000.bin", "documents.bin", "counts.bin"])
 @pytest.mark.parametrize("place", [0, -1])
 def test_flipped_byte_is_found_by_verify(built, capsys, name, place):
     flip(built / name, place)
@@ -230,6 +320,8 @@ def rewrite_manifest(folder, **changes):
         {"unigram_entropy_nats": float("nan")},
         {"unigram_entropy_nats": None},
         {"surprise": 1},
+        {"duplicates": -1},
+        {"counts_sha256": None},
         {"format": "other"},
         {"version": 99},
     ],
@@ -266,7 +358,7 @@ def test_id_out_of_range_is_found_by_batches_counts_and_verify(built):
     damaged = Corpus.open(built)
     message = r"shard-00001\.bin: damaged: expected ids below 1000, found 1000 at token 7"
     with pytest.raises(UserError, match=message):
-        damaged.unigram_counts()
+        damaged._count()
     source = BatchSource(damaged, 30, 30, seed=0)
     with pytest.raises(UserError, match=message):
         for index in range(source.windows_per_epoch + 1):
@@ -286,20 +378,23 @@ def test_document_starts_that_disagree_with_the_shards(built):
 
 
 def test_full_disk_during_a_build(tmp_path, model, capsys, monkeypatch):
+    """The build goes on when there is room again."""
     written = []
 
-    def write(self, array):
-        written.append(array.size)
-        if len(written) > 3:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def append(self, ids):
+        written.append(ids.size)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(corpus_build._HashedFile, "write", write)
-    before = sorted(tmp_path.iterdir())
-    arguments = ["--tokenizer", model, "--output", tmp_path / "out", "--shard-tokens", 1000]
-    assert exit_code(corpus.main, "build", sample_paths()[1], *arguments) == 2
+    arguments = ["build", sample_paths()[1], "--tokenizer", model, "--workers", 1]
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus_parts._PartWriter, "_append", append)
+        assert exit_code(corpus.main, *arguments, "--output", tmp_path / "out") == 2
     assert capsys.readouterr().err.startswith("error: the disk is full")
-    assert len(written) == 4
-    assert sorted(tmp_path.iterdir()) == before
+    assert written and not (tmp_path / "out").exists()
+    assert exit_code(corpus.main, *arguments, "--output", tmp_path / "out") == 0
+    assert exit_code(corpus.main, *arguments, "--output", tmp_path / "fresh") == 0
+    assert not list(tmp_path.glob(".*"))
+    assert same_files(tmp_path / "out", tmp_path / "fresh")
 
 
 @pytest.fixture
@@ -322,7 +417,8 @@ def test_really_full_disk(small_disk, model, capsys):
     arguments = ["--tokenizer", model, "--output", small_disk / "out", "--shard-tokens", 10_000]
     assert exit_code(corpus.main, "build", sample_paths()[0], *arguments) == 2
     assert "the disk is full" in capsys.readouterr().err
-    assert not list(small_disk.iterdir())
+    assert not (small_disk / "out").exists()
+    shutil.rmtree(corpus_build.work_folder(small_disk / "out"))
 
     target = small_disk / "file"
     with atomic_write(target) as file:
@@ -332,22 +428,6 @@ def test_really_full_disk(small_disk, model, capsys):
     assert error.value.errno == errno.ENOSPC
     assert target.read_bytes() == b"old"
     assert list(small_disk.iterdir()) == [target]
-
-
-def test_killed_build_leaves_no_corpus(tmp_path, model):
-    text = tmp_path / "text.txt"
-    text.write_bytes(sample_paths()[0].read_bytes() * 30)
-    out = tmp_path / "out"
-    process = start("-m", "metro_ext.corpus", "build", text, "--tokenizer", model, "--output", out)
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob(".out.*/shard-00000.bin")) and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.kill()
-    assert process.wait(60) == -signal.SIGKILL
-    assert not out.exists()
-    (rest,) = tmp_path.glob(".out.*.partial")
-    with pytest.raises(UserError, match="not a corpus"):
-        Corpus.open(rest)
 
 
 def test_atomic_write_replaces_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -10,9 +10,14 @@ PACKAGE = Path(metro_ext.__file__).parent
 # One direction: a module may import modules of earlier rows (and of its own row, where listed).
 LAYERS = [
     {"errors", "atomic", "sample_text", "recipes"},
-    {"command_line", "ops", "config_schema", "text_files", "monitor"},
+    {"command_line", "ops", "config_schema", "zstd_files", "parquet_files", "monitor"},
+    {"text_files"},
     {"tokenizer", "presets", "checkpoint", "info", "distributed", "hardware", "cuda_graph"},
-    {"corpus_format", "config", "model", "plot", "tokenizer_json"},
+    {"corpus_format", "corpus_plan", "config", "model", "plot", "tokenizer_json"},
+    {"word_encoder", "mixture"},
+    {"corpus_parts"},
+    {"corpus_shards", "corpus_dedup"},
+    {"corpus_workers"},
     {"corpus_build"},
     {"corpus"},
     {"batches", "prepare"},

@@ -67,15 +67,21 @@ def test_records_hold_the_keys_and_the_bits(tmp_path):
 def test_timing_is_kept_apart(tmp_path):
     clock, options = Clock(), {"flops_per_token": 2e6, "peak_flops": 1e10}
     with Monitor(tmp_path, 40, stream=(out := io.StringIO()), clock=clock, **options) as log:
-        clock.now += 2.0
+        clock.now += 1.5
+        with log.waiting_for_data():
+            clock.now += 0.5
         log.log(10, {"tokens": 1000})
         clock.now += 4.0
         with log.untimed():
             clock.now += 100.0
         log.log(20, {"tokens": 5000})
     first, second = read_records(tmp_path / "timing.jsonl")
-    assert first == {"step": 10, "tokens_per_s": 500.0, "mfu": 0.1, "seconds": 2.0}
-    assert second == {"step": 20, "tokens_per_s": 1000.0, "mfu": 0.2, "seconds": 4.0}
+    assert first == {
+        "step": 10, "tokens_per_s": 500.0, "mfu": 0.1, "seconds": 2.0, "data_wait": 0.25,
+    }  # fmt: skip
+    assert second == {
+        "step": 20, "tokens_per_s": 1000.0, "mfu": 0.2, "seconds": 4.0, "data_wait": 0.0,
+    }  # fmt: skip
     assert not {"mfu", "seconds", "tokens_per_s"} & set(read_records(tmp_path / "metrics.jsonl")[0])
     lines = out.getvalue().splitlines()
     assert "500 tok/s" in lines[0] and "MFU 10.0%" in lines[0] and "ETA 0:06" in lines[0]
@@ -93,9 +99,9 @@ def test_the_line(tmp_path):
     lines = [re.sub(r" +", " ", line) for line in out.getvalue().splitlines()]
     assert lines == [
         " 500/1500 ( 33.3%) loss 31.2500 mlm 5.5000 rtd 0.4100 clm 5.2500 rtd acc 86.1%"
-        " lr 1.00e-03 20.5K tok/s MFU - ETA 1:40",
+        " lr 1.00e-03 20.5K tok/s MFU - data wait 0.0% ETA 1:40",
         " 501/1500 ( 33.4%) loss 12346 mlm 6.0000 rtd - clm - rtd acc -"
-        " lr 1.00e-03 0 tok/s MFU - ETA 2220:00:00",
+        " lr 1.00e-03 0 tok/s MFU - data wait 0.0% ETA 2220:00:00",
         "501/1500 held-out: rtd auc 0.7000 tokens 40",
     ]
     assert "\r" not in out.getvalue()
