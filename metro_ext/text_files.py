@@ -7,6 +7,7 @@ memory. A line longer than `PARAGRAPH_BYTES` is cut at a space: the tokenizer tr
 a space, so the cut changes no token. (One without any space is cut between two characters.)
 """
 
+import contextlib
 import gzip
 import io
 import json
@@ -80,20 +81,27 @@ def read_paragraphs(path: str | os.PathLike, jsonl_field: str = "text") -> Itera
             object or lacks the field; the message names the file and the line.
     """
     path = Path(path)
+    with open_binary(path) as stream, reporting_damage(path):
+        # One byte ahead: an empty file is a mistake of the user's, found here also when packed.
+        if not stream.peek(1):
+            raise _empty(path)
+        if path.name.removesuffix(".gz").removesuffix(".xz").endswith(".jsonl"):
+            yield from _read_jsonl(stream, path, jsonl_field)
+        else:
+            yield from _read_text(stream, path)
+
+
+@contextlib.contextmanager
+def reporting_damage(path: Path) -> Iterator[None]:
+    """What a decompressor says of damaged bytes, as a UserError that names the file."""
     try:
-        with _open(path) as stream:
-            # One byte ahead: an empty file is a mistake of the user's, found here also when packed.
-            if not stream.peek(1):
-                raise _empty(path)
-            if path.name.removesuffix(".gz").removesuffix(".xz").endswith(".jsonl"):
-                yield from _read_jsonl(stream, path, jsonl_field)
-            else:
-                yield from _read_text(stream, path)
+        yield
     except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path}: the compressed file is damaged or cut short ({error})") from error
 
 
-def _open(path: Path) -> io.BufferedReader:
+def open_binary(path: Path) -> io.BufferedReader:
+    """The bytes of a file, those of a .gz or .xz file decompressed."""
     # Short lines are read many times faster through one more buffer than by the decompressors.
     if path.name.endswith(".gz"):
         return io.BufferedReader(gzip.open(path, "rb"))
@@ -125,7 +133,7 @@ def _read_lines(stream: io.BufferedReader, path: Path) -> Iterator[tuple[str, bo
             return
         ends_line = raw.endswith(b"\n") or len(raw) < PARAGRAPH_BYTES
         cut = len(raw) if ends_line else _cut_before(raw)
-        text = _decode(raw[:cut], path, line, offset)
+        text = decode(raw[:cut], path, line, offset)
         yield text.rstrip("\r\n"), starts_line and ends_line
         offset += cut
         rest = raw[cut:]
@@ -144,7 +152,8 @@ def _cut_before(raw: bytes) -> int:
     return cut - 1
 
 
-def _decode(raw: bytes, path: Path, line: int, offset: int) -> str:
+def decode(raw: bytes, path: Path, line: int, offset: int) -> str:
+    """A piece of a file that begins at byte `offset` as text; UserError names the line."""
     try:
         # A byte order mark is no part of the text.
         return raw.decode("utf-8-sig" if offset == 0 else "utf-8")
@@ -161,7 +170,7 @@ def _read_jsonl(stream: io.BufferedReader, path: Path, field: str) -> Iterator[P
         line += 1
         if len(raw) == JSON_LINE_BYTES:
             raise UserError(f"{path}: line {line} is longer than {JSON_LINE_BYTES} bytes")
-        decoded = _decode(raw, path, line, offset)
+        decoded = decode(raw, path, line, offset)
         offset += len(raw)
         if decoded.isspace():
             continue

@@ -11,16 +11,17 @@ PACKAGE = Path(metro_ext.__file__).parent
 LAYERS = [
     {"errors", "atomic", "sample_text", "recipes"},
     {"command_line", "ops", "config_schema", "text_files", "monitor"},
+    {"records"},
     {"tokenizer", "presets", "checkpoint", "info", "distributed", "hardware", "cuda_graph"},
     {"corpus_format", "config", "model", "plot", "tokenizer_json"},
     {"corpus_build"},
     {"corpus"},
     {"batches", "prepare"},
-    {"objective", "optim", "mpnet"},
-    {"held_out", "pretrained", "parallel", "plan_memory"},
+    {"objective", "optim", "mpnet", "text_encoder", "sentence_files", "hf"},
+    {"held_out", "pretrained", "onnx_export", "parallel", "plan_memory"},
     {"train_step"},
-    {"plan_time", "trainer", "inspect", "export", "hf", "finetune", "evaluate"},
-    {"import_mpnet", "plan", "train"},
+    {"plan_time", "trainer", "inspect", "export", "evaluate"},
+    {"import_mpnet", "plan", "train", "finetune"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
