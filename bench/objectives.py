@@ -1,18 +1,23 @@
 """The objective study: ``mlm``, ``electra``, ``clm-all`` and ``metro`` at equal compute.
 
-    python bench/objectives.py [--objectives metro mlm] [--seeds 1 2] [--flops F | --steps N]
+    python bench/objectives.py [--objectives metro mlm] [--seeds 1 2] [--steps N]
 
 Each (objective, seed) is trained on ``books-10m`` with the settings of ``bench/books.py`` until it
 has spent the FLOPs of ``--steps`` steps of ``metro``; then the held-out figures, BLiMP, and CoLA,
 SST-2 and RTE fine-tuned. FLOPs are those of matrix products, forward and backward
-(`metro_ext.presets.flops_per_token`); wall time is reported too. Every finished part is kept in
-``--folder``: the same command goes on where it was stopped, and parts may run in any order. The
-table and the figure in ``bench/results`` are made of what is there.
+(`metro_ext.presets.flops_per_token`); wall time is reported too. ``untrained`` is ``metro`` at its
+start, evaluated likewise: what fine-tuning alone can do. Held-out perplexity is that of the network
+that fills masks: the small auxiliary one, but the main one of ``mlm``.
+
+Every finished part is kept in ``--folder``: the same command goes on where it was stopped, parts
+may run in any order, and one that fails is named at the end and does not stop the others. The table
+and the figure in ``bench/results`` are made of what is there.
 """
 
 import argparse
 import json
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -21,18 +26,23 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # for `python bench/objectives.py`
 
 from bench.books import DATA, SETTINGS, call, prepare
-from bench.harness import RESULTS
+from bench.harness import RESULTS, commit, machine
 from metro_ext.atomic import atomic_write
 from metro_ext.command_line import run
 from metro_ext.config import load_config
 from metro_ext.config_schema import OBJECTIVES
-from metro_ext.evaluate import blimp, read_pairs
+from metro_ext.errors import UserError
+from metro_ext.evaluate.blimp import blimp, read_pairs
+from metro_ext.import_mpnet import write_start
+from metro_ext.model import PretrainingModel
 from metro_ext.presets import flops_per_token
 from metro_ext.pretrained import load
+from metro_ext.tokenizer import Tokenizer
 
 VOCABULARY = 4096  # of bench/books.py
 HELD_OUT = ("mlm_perplexity", "rtd_auc", "rtd_accuracy", "clm_accuracy")
 TASKS = ("cola", "sst-2", "rte")
+UNTRAINED = "untrained"
 
 
 def flops_of(objective: str, settings: Sequence[str]) -> float:
@@ -64,10 +74,25 @@ class Part:
 
 
 def pretrain(part: Part, steps: int, data: list[str], settings: Sequence[str]) -> None:
-    """Trains, or goes on, and keeps the last held-out figures; wall time adds up over restarts."""
-    if part.found.get("steps") == steps:
+    """Trains, or goes on, and keeps the last held-out figures; wall time adds up over restarts.
+
+    UserError where the part was begun with other steps or settings, of which its schedule and its
+    evaluation would be a mixture.
+    """
+    asked = {"steps": steps, "settings": list(settings)}
+    if part.found.get("asked", asked) != asked:
+        raise UserError(
+            f"{part.run}: expected a part begun with {steps} steps and the same settings, found "
+            f"one with {part.found['asked']['steps']}: remove it or name another --folder"
+        )
+    if "steps" in part.found:
         return
     part.run.mkdir(parents=True, exist_ok=True)
+    part.keep(asked=asked)
+    if part.objective == UNTRAINED:
+        start_only(part, data, settings)
+        part.keep(steps=0, held_out={}, seconds=0.0)
+        return
     start = time.perf_counter()
     try:
         call("metro_ext.train", f"--run={part.run}", f"--objective={part.objective}",
@@ -78,26 +103,45 @@ def pretrain(part: Part, steps: int, data: list[str], settings: Sequence[str]) -
     part.keep(steps=steps, held_out=json.loads(lines[-1]))
 
 
+def start_only(part: Part, data: list[str], settings: Sequence[str]) -> None:
+    """The networks of ``metro`` as training would find them."""
+    options = [*settings, *data, "--objective=metro", f"--seed={part.seed}", f"--run={part.run}"]
+    config = load_config([*options, f"--model.vocab_size={VOCABULARY}"])
+    model = PretrainingModel(config.model, config.objective.name, config.run.seed)
+    write_start(part.run, config, model, Tokenizer.load(config.data.tokenizer))
+
+
 def evaluate(part: Part, options: argparse.Namespace) -> None:
-    """BLiMP, and each task's dev metric over its seeds; what is there already is kept."""
-    if "blimp" not in part.found:
-        pairs = read_pairs(options.data / "blimp.jsonl.xz")
+    """BLiMP, and each task's dev metric over its seeds.
+
+    What is there already, and was found with the same options, is kept.
+    """
+    asked = {"limit": options.blimp_limit}
+    if part.found.get("blimp_asked") != asked:
+        pairs, start = read_pairs(options.data / "blimp.jsonl.xz"), time.perf_counter()
         scores = blimp(load(part.run), pairs, options.blimp_limit)
-        part.keep(blimp={name: sets["overall"] for name, sets in scores.items()}, blimp_sets=scores)
+        overall = {name: sets["overall"] for name, sets in scores.items()}
+        seconds = time.perf_counter() - start
+        part.keep(blimp=overall, blimp_sets=scores, blimp_asked=asked, blimp_seconds=seconds)
     for task in options.tasks:
-        if task in part.found:
+        words = ["--seeds", options.finetune_seeds, "--epochs", options.epochs,
+                 "--precision", options.precision]  # fmt: skip
+        words += ["--limit", options.train_limit] if options.train_limit else []
+        asked, start = [str(word) for word in words], time.perf_counter()
+        if part.found.get(f"{task}_asked") == asked:
             continue
         out = part.run / f"finetuned-{task}"
-        limit = ["--limit", options.train_limit] if options.train_limit else []
         call("metro_ext.finetune", task, "--model", part.run, "--data", options.data / "glue",
-             "--seeds", options.finetune_seeds, "--epochs", options.epochs, "--output", out,
-             *limit)  # fmt: skip
-        part.keep(**{task: json.loads((out / "results.json").read_text())["summary"]})
+             "--output", out, *words)  # fmt: skip
+        found = json.loads((out / "results.json").read_text())["summary"]
+        seconds = time.perf_counter() - start
+        part.keep(**{task: found, f"{task}_asked": asked, f"{task}_seconds": seconds})
 
 
 def figures(part: Part) -> dict[str, float]:
     """One flat row of a part: held-out figures, BLiMP scores, the tasks' first metrics."""
-    row = {key: v for key in HELD_OUT if (v := part.found["held_out"].get(key)) is not None}
+    held_out = part.found["held_out"]
+    row = {key: held_out[key] for key in HELD_OUT if held_out.get(key) is not None}
     row |= {f"BLiMP {name}": 100 * value for name, value in part.found.get("blimp", {}).items()}
     for task in TASKS:
         if task in part.found:
@@ -109,7 +153,7 @@ def figures(part: Part) -> dict[str, float]:
 def summarise(parts: list[Part]) -> dict[str, dict[str, dict[str, float]]]:
     """objective -> figure -> median, lowest and highest over the seeds that are done."""
     table: dict = {}
-    for objective in OBJECTIVES:
+    for objective in (*OBJECTIVES, UNTRAINED):
         rows = [figures(p) for p in parts if p.objective == objective and "steps" in p.found]
         keys = {key: None for row in rows for key in row}
         for key in keys:
@@ -134,8 +178,9 @@ def draw(table: dict, path: Path) -> None:
         middle = [r["median"] for _, r in shown]
         spread = [[r["median"] - r["min"] for _, r in shown],
                   [r["max"] - r["median"] for _, r in shown]]  # fmt: skip
-        x = [i + (place - (len(table) - 1) / 2) * 0.2 for i, _ in shown]
-        axes.bar(x, middle, width=0.18, yerr=spread, capsize=2, label=objective)
+        width = 0.8 / len(table)
+        x = [i + (place - (len(table) - 1) / 2) * width for i, _ in shown]
+        axes.bar(x, middle, width=0.9 * width, yerr=spread, capsize=2, label=objective)
     axes.set_xticks(range(len(keys)), keys, rotation=20, ha="right")
     axes.set_ylabel("per cent; median over seeds, whiskers their range")
     axes.legend()
@@ -149,8 +194,10 @@ def report(parts: list[Part], output: str, settings: Sequence[str]) -> None:
         return
     document = {
         "script": "objectives",
+        "commit": commit(),
+        "machine": machine(),
         "settings": list(settings),
-        "flops_per_token": {name: flops_of(name, settings) for name in table},
+        "flops_per_token": {n: flops_of(n, settings) for n in table if n != UNTRAINED},
         "parts": [{"objective": p.objective, "seed": p.seed, **p.found} for p in parts if p.found],
         "table": table,
     }
@@ -170,12 +217,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
+    names = (*OBJECTIVES, UNTRAINED)
+    parser.add_argument("--objectives", nargs="+", choices=names, default=list(names))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--steps", type=int, default=2000, help="of metro; the others' follow")
     parser.add_argument("--tasks", nargs="*", choices=TASKS, default=list(TASKS))
     parser.add_argument("--finetune-seeds", type=int, default=1, help="seeds of each task")
     parser.add_argument("--epochs", type=float, default=3, help="of fine-tuning")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
     parser.add_argument("--train-limit", type=int, default=20_000, help="0: the whole set")
     parser.add_argument("--blimp-limit", type=int, default=200, help="pairs a set")
     parser.add_argument("--pretrain-only", action="store_true")
@@ -188,15 +237,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = options.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     parts = [Part(folder, o, seed) for seed in options.seeds for o in options.objectives]
+    failed = []
     if not options.report_only:
         data = prepare(folder)
         for part in parts:
-            steps = equal_steps(part.objective, options.steps, settings)
-            pretrain(part, steps, data, settings)
-            if not options.pretrain_only:
-                evaluate(part, options)
+            trained = part.objective != UNTRAINED
+            steps = equal_steps(part.objective, options.steps, settings) if trained else 0
+            try:
+                pretrain(part, steps, data, settings)
+                if not options.pretrain_only:
+                    evaluate(part, options)
+            except subprocess.CalledProcessError as error:
+                failed.append(f"{part.run.name}: {error}")
             report(parts, options.output, settings)
     report(parts, options.output, settings)
+    if failed:
+        raise UserError("not finished, run the command again: " + "; ".join(failed))
 
 
 if __name__ == "__main__":

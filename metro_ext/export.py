@@ -3,7 +3,8 @@
 ``AutoModel``, ``AutoTokenizer`` and ``pipeline("feature-extraction")`` load it with no code of
 ours. ``--network auxiliary`` writes the generator with its head, for ``pipeline("fill-mask")``;
 ``--training-state`` adds what MPNet has no place for (the other networks, heads, the optimizer), so
-that ``python -m metro_ext.import_mpnet`` can go on as if the run had never left.
+that ``python -m metro_ext.import_mpnet`` can go on as if the run had never left. ``--sentence``
+adds mean pooling for sentence-transformers, ``--onnx`` the same network for ONNX's runtimes.
 """
 
 import argparse
@@ -17,7 +18,9 @@ from metro_ext.atomic import atomic_write
 from metro_ext.checkpoint import latest_valid
 from metro_ext.command_line import run
 from metro_ext.errors import UserError
+from metro_ext.onnx_export import write_onnx
 from metro_ext.pretrained import Pretrained, load
+from metro_ext.sentence_files import write_sentence_files
 
 CHECKPOINTS, TRAINING_STATE = "checkpoints", "training-state"
 CLASSES = {"mpnet": "MPNet", "metro": "MetroMPNet"}
@@ -25,10 +28,8 @@ CLASSES = {"mpnet": "MPNet", "metro": "MetroMPNet"}
 
 def export_main(pretrained: Pretrained, out: Path, classes: str = "mpnet") -> None:
     """The main encoder as ``MPNetModel``; classes: "mpnet", or "metro" for `metro_ext.hf`'s."""
-    config = pretrained.config.model
-    document = mpnet.mpnet_config(config, config.layers, f"{CLASSES[classes]}Model")
-    tensors = mpnet.encoder_tensors(pretrained.main) | mpnet.pooler_tensors(config.hidden)
-    mpnet.write_checkpoint(out, tensors, document, pretrained.tokenizer)
+    name = f"{CLASSES[classes]}Model"
+    mpnet.write_encoder(out, pretrained.main, pretrained.tokenizer, name)
 
 
 def export_masked_lm(pretrained: Pretrained, out: Path, classes: str = "mpnet") -> None:
@@ -75,7 +76,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--classes", choices=CLASSES, default="mpnet", help=classes)
     state = "add all that metro_ext.import_mpnet needs to go on"
     parser.add_argument("--training-state", action="store_true", help=state)
+    sentence = "with mean pooling, for sentence-transformers (main network)"
+    parser.add_argument("--sentence", action="store_true", help=sentence)
+    onnx = "OUT/onnx/model.onnx too, checked with onnxruntime (extra onnx)"
+    parser.add_argument("--onnx", action="store_true", help=onnx)
     options = parser.parse_args(argv)
+    if options.sentence and options.network != "main":
+        parser.error("--sentence is for the main network")
     if (options.out / mpnet.CONFIG).exists():
         raise UserError(f"{options.out}: it holds a model already: remove it or name another")
     pretrained = load(options.run)
@@ -84,6 +91,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_model_card(pretrained, options.out, options.network)
     if options.training_state:
         copy_training_state(options.run, options.out)
+    if options.sentence:
+        shape = pretrained.config.model
+        write_sentence_files(options.out, shape.hidden, shape.sequence_length)
+    if options.onnx:
+        difference = write_onnx(options.out)
+        print(f"ONNX agrees with transformers to {difference:.1e}")
     print(f"{options.out}: {options.network} network of {options.run}, step {pretrained.step}")
 
 

@@ -9,6 +9,8 @@ from metro_ext import _C
 from metro_ext.errors import UserError
 from metro_ext.ops import linear
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # names of --precision
+
 # Dense bf16/fp16 tensor-core FLOP/s from the data sheets, by a part of the device's name.
 _CUDA_PEAKS = (("A100", 312e12), ("H100", 989e12), ("H200", 989e12), ("B200", 2250e12))
 

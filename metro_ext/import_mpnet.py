@@ -23,11 +23,10 @@ from metro_ext.config import from_dict, load_config, to_dict, to_toml
 from metro_ext.config_schema import Config
 from metro_ext.errors import UserError
 from metro_ext.export import CHECKPOINTS, TRAINING_STATE
-from metro_ext.model import FIRST_POSITION, PretrainingModel
+from metro_ext.model import PretrainingModel
 from metro_ext.ops import METRICS
 from metro_ext.optim import AdamW
-from metro_ext.prepare import TOKENIZER_FILE
-from metro_ext.tokenizer import Tokenizer
+from metro_ext.tokenizer import TOKENIZER_FILE, Tokenizer
 
 
 def import_run(source: Path, folder: Path) -> Config:
@@ -43,24 +42,6 @@ def import_run(source: Path, folder: Path) -> Config:
     return from_dict(found.state["config"])
 
 
-def shape_of(document: dict) -> list[str]:
-    """The options of a run whose main encoder has the shape of a ``config.json``."""
-    keys = {
-        "layers": "num_hidden_layers", "hidden": "hidden_size", "ffn": "intermediate_size",
-        "heads": "num_attention_heads", "vocab_size": "vocab_size",
-        "relative_buckets": "relative_attention_num_buckets",
-        "layer_norm_eps": "layer_norm_eps",
-    }  # fmt: skip
-    options = [f"--model.{ours}={document[theirs]}" for ours, theirs in keys.items()]
-    length = document["max_position_embeddings"] - FIRST_POSITION
-    distance = document.get("relative_attention_max_distance", mpnet.STOCK_BUCKETS[1])
-    return [
-        *options,
-        f"--model.sequence_length={length}",
-        f"--model.relative_max_distance={distance}",
-    ]
-
-
 def import_encoder(
     source: Path, folder: Path, tokenizer_file: Path, options: Sequence[str]
 ) -> Config:
@@ -72,14 +53,20 @@ def import_encoder(
             "one with --tokenizer FILE.model"
         )
     tokenizer = Tokenizer.load(tokenizer_file)
-    if tokenizer.vocab_size != document["vocab_size"]:
-        raise UserError(
-            f"{tokenizer_file}: the checkpoint's vocabulary has {document['vocab_size']} entries, "
-            f"the tokenizer {tokenizer.vocab_size}: it is another tokenizer"
-        )
-    config = load_config([*shape_of(document), f"--run={folder}", *options])
+    mpnet.check_tokenizer(tokenizer, document, tokenizer_file)
+    shape = mpnet.shape_of(document, source / mpnet.CONFIG)
+    shape_options = [f"--model.{key}={value}" for key, value in shape.items()]
+    config = load_config([*shape_options, f"--run={folder}", *options])
     model = PretrainingModel(config.model, config.objective.name, config.run.seed)
     mpnet.load_encoder(model.main, tensors, source / mpnet.WEIGHTS)
+    write_start(folder, config, model, tokenizer)
+    return config
+
+
+def write_start(
+    folder: Path, config: Config, model: PretrainingModel, tokenizer: Tokenizer
+) -> None:
+    """A run that has not made a step yet: its checkpoint and its tokenizer."""
     optimizer = AdamW(model, config.optim)
     whole = {f"model.{name}": value for name, value in model.named_parameters()}
     whole |= {f"optimizer.{name}": value for name, value in optimizer.tensors().items()}
@@ -88,7 +75,6 @@ def import_encoder(
              "tokenizer_sha256": tokenizer.sha256}  # fmt: skip
     save_checkpoint(folder / CHECKPOINTS, 0, whole, state)
     tokenizer.save(folder / TOKENIZER_FILE)
-    return config
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -19,6 +19,7 @@ from metro_ext.atomic import atomic_write
 from metro_ext.config_schema import ModelConfig
 from metro_ext.errors import UserError
 from metro_ext.model import FIRST_POSITION, Encoder, LanguageModelHead
+from metro_ext.records import field
 from metro_ext.tokenizer import BOS_ID, EOS_ID, PAD_ID, Tokenizer
 from metro_ext.tokenizer_json import write_tokenizer_files
 
@@ -46,6 +47,11 @@ _BIAS = "encoder.relative_attention_bias.weight"
 def is_stock(config: ModelConfig) -> bool:
     """Whether MPNet's own classes compute the model's buckets."""
     return (config.relative_buckets, config.relative_max_distance) == STOCK_BUCKETS
+
+
+def architecture(config: ModelConfig, head: str) -> str:
+    """The class that computes the model's buckets: MPNet's own, or that of `metro_ext.hf`."""
+    return f"{'MPNet' if is_stock(config) else 'MetroMPNet'}{head}"
 
 
 def encoder_tensors(encoder: Encoder) -> dict[str, Tensor]:
@@ -147,6 +153,31 @@ def mpnet_config(config: ModelConfig, layers: int, architecture: str, **rest: An
     return document | rest
 
 
+def shape_of(document: dict, source: Path) -> dict[str, Any]:
+    """The fields of `ModelConfig` that a ``config.json`` tells, the inverse of `mpnet_config`."""
+    keys = {
+        "layers": "num_hidden_layers", "hidden": "hidden_size", "ffn": "intermediate_size",
+        "heads": "num_attention_heads", "vocab_size": "vocab_size",
+        "relative_buckets": "relative_attention_num_buckets",
+    }  # fmt: skip
+    shape = {ours: field(f"{source}", document, theirs, int) for ours, theirs in keys.items()}
+    length = field(f"{source}", document, "max_position_embeddings", int) - FIRST_POSITION
+    return shape | {
+        "sequence_length": length,
+        "relative_max_distance": document.get("relative_attention_max_distance", STOCK_BUCKETS[1]),
+        "layer_norm_eps": field(f"{source}", document, "layer_norm_eps", float, int),
+    }
+
+
+def check_tokenizer(tokenizer: Tokenizer, document: dict, source: Path) -> None:
+    """UserError unless the tokenizer has as many entries as the ``config.json`` says."""
+    if tokenizer.vocab_size != document.get("vocab_size"):
+        raise UserError(
+            f"{source}: the checkpoint's vocabulary has {document.get('vocab_size')} entries, "
+            f"the tokenizer {tokenizer.vocab_size}: it is another tokenizer"
+        )
+
+
 def write_checkpoint(
     folder: Path, tensors: Mapping[str, Tensor], config: dict, tokenizer: Tokenizer
 ) -> None:
@@ -158,6 +189,16 @@ def write_checkpoint(
         file.write(save(whole, metadata={"format": "pt"}))
     with atomic_write(folder / CONFIG, "w") as file:
         file.write(json.dumps(config, indent=2) + "\n")
+
+
+def write_encoder(
+    folder: Path, encoder: Encoder, tokenizer: Tokenizer, name: str | None = None
+) -> None:
+    """An encoder without a head; ``name`` of its class, by default that of `architecture`."""
+    config = encoder.config
+    document = mpnet_config(config, config.layers, name or architecture(config, "Model"))
+    tensors = encoder_tensors(encoder) | pooler_tensors(config.hidden)
+    write_checkpoint(folder, tensors, document, tokenizer)
 
 
 def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -14,9 +14,7 @@ from metro_ext.corpus_format import MANIFEST
 from metro_ext.errors import UserError
 from metro_ext.mixture import Mixture, split_weight
 from metro_ext.sample_text import sample_paths
-from metro_ext.tokenizer import Tokenizer, train_tokenizer
-
-TOKENIZER_FILE = "tokenizer.model"
+from metro_ext.tokenizer import TOKENIZER_FILE, Tokenizer, train_tokenizer
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,17 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from metro_ext import mpnet
 from metro_ext.checkpoint import load_checkpoint
 from metro_ext.config import from_dict
-from metro_ext.config_schema import Config
+from metro_ext.config_schema import Config, ModelConfig
 from metro_ext.errors import UserError
-from metro_ext.model import FIRST_POSITION, Packing, PretrainingModel
-from metro_ext.tokenizer import Tokenizer
+from metro_ext.model import Encoder, PretrainingModel
+from metro_ext.text_encoder import EncodedTexts, TextEncoder
+from metro_ext.tokenizer import TOKENIZER_FILE, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -32,18 +33,19 @@ class Pretrained:
     step: int
 
     @property
-    def main(self) -> torch.nn.Module:
+    def main(self) -> Encoder:
         """The main encoder."""
         return self.model.main
 
-    def encode(self, texts: str | list[str], allow_mask: bool = False) -> "EncodedTexts":
+    @property
+    def texts(self) -> TextEncoder:
+        """The main encoder with the tokenizer."""
+        return TextEncoder(self.main, self.tokenizer)
+
+    def encode(self, texts: str | list[str], allow_mask: bool = False) -> EncodedTexts:
         """Token ids of texts, packed: each becomes ``<s> … </s>``, cut at the model's length."""
-        limit = self.config.model.sequence_length
-        ids = []
-        for text in [texts] if isinstance(texts, str) else texts:
-            pieces = self.tokenizer.encode(text, allow_mask=allow_mask)[: limit - 2]
-            ids.append([self.tokenizer.bos_id, *pieces, self.tokenizer.eos_id])
-        return EncodedTexts.pack(ids, limit)
+        rows = self.texts.rows([texts] if isinstance(texts, str) else texts, allow_mask)
+        return EncodedTexts.pack(rows, self.config.model.sequence_length)
 
     @torch.no_grad()
     def hidden_states(self, texts: str | list[str]) -> list[Tensor]:
@@ -52,26 +54,9 @@ class Pretrained:
         hidden = self.main(packed.tokens, packed.packing, self.main.table(torch.float32))
         return list(hidden.split(packed.lengths))
 
-
-@dataclass(frozen=True)
-class EncodedTexts:
-    """Texts packed one after another: tokens int64 [T], where they lie, and their lengths."""
-
-    tokens: Tensor
-    packing: Packing
-    lengths: list[int]
-
-    @classmethod
-    def pack(cls, ids: list[list[int]], max_seqlen: int) -> "EncodedTexts":
-        lengths = [len(one) for one in ids]
-        positions = np.concatenate([np.arange(n) for n in lengths]) + FIRST_POSITION
-        packing = Packing(
-            torch.from_numpy(positions),
-            torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32),
-            max_seqlen,
-            torch.zeros((), dtype=torch.int64),
-        )
-        return cls(torch.tensor([i for one in ids for i in one]), packing, lengths)
+    def embed(self, texts: str | list[str]) -> Tensor:
+        """Mean-pooled vectors of unit length, float32 [texts, H]."""
+        return self.texts.embed(texts)
 
 
 def load(run: str | os.PathLike) -> Pretrained:
@@ -85,11 +70,32 @@ def load(run: str | os.PathLike) -> Pretrained:
         raise UserError(f"{folder}: expected the folder of a run with checkpoints, found none")
     found = load_checkpoint(folder / "checkpoints")
     config = from_dict(found.state["config"])
-    tokenizer = Tokenizer.load(folder / "tokenizer.model")
+    tokenizer = Tokenizer.load(folder / TOKENIZER_FILE)
     if tokenizer.sha256 != found.state["tokenizer_sha256"]:
-        raise UserError(f"{folder / 'tokenizer.model'} is not the tokenizer that the run used")
+        raise UserError(f"{folder / TOKENIZER_FILE} is not the tokenizer that the run used")
     model = PretrainingModel(config.model, config.objective.name, config.run.seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(found.tensors[f"model.{name}"])
     return Pretrained(model.eval(), tokenizer, config, found.step)
+
+
+def load_text_encoder(path: str | os.PathLike) -> TextEncoder:
+    """The main encoder of a run, or the one of a checkpoint that this package exported.
+
+    Raises:
+        UserError: the folder holds neither, or a tokenizer or weights of another size.
+    """
+    folder = Path(path)
+    if not (folder / mpnet.CONFIG).is_file():
+        return load(folder).texts
+    tensors, document = mpnet.read_checkpoint(folder)
+    if not (folder / TOKENIZER_FILE).is_file():
+        raise UserError(f"{folder}: expected the sentencepiece model {TOKENIZER_FILE}, found none")
+    tokenizer = Tokenizer.load(folder / TOKENIZER_FILE)
+    mpnet.check_tokenizer(tokenizer, document, folder / TOKENIZER_FILE)
+    shape = mpnet.shape_of(document, folder / mpnet.CONFIG)
+    config = ModelConfig(**shape)
+    encoder = Encoder(config, config.layers, 0.0, 0, None)
+    mpnet.load_encoder(encoder, tensors, folder / mpnet.WEIGHTS)
+    return TextEncoder(encoder.eval(), tokenizer)

@@ -11,6 +11,7 @@ A file can be read in parts (`file_parts`), each by another process: the parts' 
 after the other, are the file's.
 """
 
+import contextlib
 import gzip
 import io
 import itertools
@@ -148,24 +149,31 @@ def read_paragraphs(
         texts = parquet_files.read_column(path, field, part.begin, part.end)
         yield from itertools.chain.from_iterable(map(_text_paragraphs, texts))
         return
+    with open_binary(path) as stream, reporting_damage(path):
+        # One byte ahead: an empty file is a mistake of the user's, found here also when packed.
+        if not stream.peek(1):
+            raise _empty(path)
+        form = path.name.removesuffix(path.suffix) if path.suffix in COMPRESSIONS else path.name
+        begin = _seek_line(stream, part)
+        if begin >= part.end:
+            return
+        if form.endswith(".jsonl"):
+            yield from _read_jsonl(stream, path, field, begin, part.end)
+        else:
+            yield from _read_text(stream, path, begin, part.end)
+
+
+@contextlib.contextmanager
+def reporting_damage(path: Path) -> Iterator[None]:
+    """What a decompressor says of damaged bytes, as a UserError that names the file."""
     try:
-        with _open(path) as stream:
-            # One byte ahead: an empty file is a mistake of the user's, found here also when packed.
-            if not stream.peek(1):
-                raise _empty(path)
-            form = path.name.removesuffix(path.suffix) if path.suffix in COMPRESSIONS else path.name
-            begin = _seek_line(stream, part)
-            if begin >= part.end:
-                return
-            if form.endswith(".jsonl"):
-                yield from _read_jsonl(stream, path, field, begin, part.end)
-            else:
-                yield from _read_text(stream, path, begin, part.end)
+        yield
     except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path}: the compressed file is damaged or cut short ({error})") from error
 
 
-def _open(path: Path) -> io.BufferedReader:
+def open_binary(path: Path) -> io.BufferedReader:
+    """The bytes of a file, those of a .gz, .xz or .zst file decompressed."""
     # Short lines are read many times faster through one more buffer than by the decompressors.
     if path.suffix == ".gz":
         return io.BufferedReader(gzip.open(path, "rb"))
@@ -219,7 +227,7 @@ def _read_lines(
             return
         ends_line = raw.endswith(b"\n") or len(raw) < PARAGRAPH_BYTES
         cut = len(raw) if ends_line else _cut_before(raw)
-        text = _decode(raw[:cut], path, line, offset, begin)
+        text = decode(raw[:cut], path, line, offset, begin)
         yield offset, text.rstrip("\r\n"), starts_line and ends_line
         offset += cut
         rest = raw[cut:]
@@ -238,7 +246,13 @@ def _cut_before(raw: bytes) -> int:
     return cut - 1
 
 
-def _decode(raw: bytes, path: Path, line: int, offset: int, begin: int) -> str:
+def decode(raw: bytes, path: Path, line: int, offset: int, begin: int = 0) -> str:
+    """A piece of a file as text; UserError names the line.
+
+    Args:
+        raw: the piece, which lies at byte `offset` of the file.
+        line: that the piece is in, counted from the line at byte `begin` on.
+    """
     try:
         # A byte order mark is no part of the text.
         return raw.decode("utf-8-sig" if offset == 0 else "utf-8")
@@ -266,7 +280,7 @@ def _read_jsonl(
         if len(raw) == JSON_LINE_BYTES:
             number = _line_number(path, begin, line)
             raise UserError(f"{path}: line {number} is longer than {JSON_LINE_BYTES} bytes")
-        decoded = _decode(raw, path, line, offset, begin)
+        decoded = decode(raw, path, line, offset, begin)
         offset += len(raw)
         if not decoded.isspace():
             try:

@@ -31,6 +31,7 @@ from metro_ext.text_files import FIELD_HELP, PARAGRAPH_BYTES, find_text_files, r
 BOS_ID, PAD_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
 BOS_PIECE, PAD_PIECE, EOS_PIECE, UNK_PIECE = "<s>", "<pad>", "</s>", "<unk>"
 MASK_PIECE = "[MASK]"
+TOKENIZER_FILE = "tokenizer.model"  # in the folder of a run and of an export
 SPACE_PIECE = "▁"
 
 # Stands for [MASK] while sentencepiece reads the text around it: a private-use character, which no

@@ -20,7 +20,7 @@ from metro_ext.config import differences, from_dict, to_dict
 from metro_ext.cuda_graph import GraphedStep, wanted
 from metro_ext.distributed import AgreedError, World
 from metro_ext.errors import UserError
-from metro_ext.hardware import choose_device
+from metro_ext.hardware import DTYPES, choose_device
 from metro_ext.held_out import evaluate, interval_figures
 from metro_ext.model import PAD_ID
 from metro_ext.monitor import Monitor
@@ -31,7 +31,6 @@ from metro_ext.prepare import Prepared, unigram_nats
 from metro_ext.train_step import StepInputs, Tally, TrainStep
 
 CHECKPOINTS = "checkpoints"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Keys that change what a run reports, how long it is or who computes it, not what a step computes.
 RESUMABLE_KEYS = {
     "run.dir", "run.steps", "run.log_interval", "run.eval_interval", "run.eval_batches",

@@ -13,11 +13,12 @@ pytest.importorskip("sklearn", reason="fine-tuning needs the extra 'finetune'")
 from metro_ext.finetune import __main__ as command
 from metro_ext.finetune import metrics
 from metro_ext.finetune.examples import Example
-from metro_ext.finetune.heads import Classifier, encode, packed
+from metro_ext.finetune.heads import Classifier, encode
 from metro_ext.finetune.loop import Settings, defaults, depth_groups
 from metro_ext.finetune.submission import write_submission
 from metro_ext.finetune.tasks import TASKS
 from metro_ext.pretrained import load
+from metro_ext.text_encoder import EncodedTexts
 
 MNLI_HEADER = [
     "index", "promptID", "pairID", "genre", "sentence1_binary_parse", "sentence2_binary_parse",
@@ -97,7 +98,19 @@ def test_every_task_has_its_format_tested():
     ("sst-2", ["sentence\tlabel"], "expected examples of sst-2, found none"),
     ("sts-b", ["\t".join(STSB_HEADER), "5\tg\tf\ty\t1\ts\ts\tA.\tB.\tx"],
      "line 2: expected a score from 0 to 5, found 'x'"),
-    ("cb", [CB, "{no"], "line 2: expected a JSON object"),
+    ("sts-b", ["\t".join(STSB_HEADER), "5\tg\tf\ty\t1\ts\ts\tA.\tB.\t7"],
+     "line 2: expected a score from 0 to 5, found '7'"),
+    ("mrpc", ["\t".join(MRPC_HEADER[:-1])], "line 1: expected a column '#2 String', found Quality"),
+    ("cola", ["gj04\t2\t*\tThey is."], "line 1: expected a label of 0, 1, found '2'"),
+    ("cb", [CB, "{no"], "line 2: expected JSON ("),
+    ("cb", [CB, [1]], "line 2: expected an object, found [1]"),
+    ("boolq", [{**BOOLQ, "passage": 3}], "line 1: field 'passage': expected text, found 3"),
+    ("wic", [{k: v for k, v in WIC.items() if k != "word"}], "line 1: expected a field 'word'"),
+    ("multirc", [{"idx": 3, "passage": {"text": "A.", "questions": [
+        {"question": "?", "idx": 9, "answers": [{"text": "yes", "label": 1}]}]}}],
+     "line 1: expected a field 'idx', found label, text"),
+    ("multirc", [{"idx": 3, "passage": {"text": "A.", "questions": [{"question": "?"}]}}],
+     "line 1: expected a field 'idx', found question"),
     ("cb", [{"premise": "P.", "label": "neutral"}], "line 1: expected a field 'hypothesis', found"),
     ("cb", [{**CB, "label": "maybe"}], "expected a label of contradiction, entailment, neutral"),
     ("copa", [{**COPA, "question": "why"}], "expected a question of cause, effect, found 'why'"),
@@ -212,8 +225,8 @@ def test_exported_logits_are_ours(finished, tmp_path):
         tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
         examples = [Example("One door.", "Two.", 0, 0), Example("Rain.", "It rained.", 0, 1)]
         rows = encode(pretrained.tokenizer, examples, 32)
-        tokens, packing = packed(rows, 32, 0)
-        ours = model(tokens, packing, torch.float32, torch.Generator())
+        packed = EncodedTexts.pack(rows, 32)
+        ours = model(packed.tokens, packed.packing, torch.float32, torch.Generator())
         batch = tokenizer(["One door.", "Rain."], ["Two.", "It rained."], padding=True,
                           return_tensors="pt")  # fmt: skip
         torch.testing.assert_close(judge(**batch).logits, ours, atol=1e-5, rtol=0)
@@ -222,16 +235,60 @@ def test_exported_logits_are_ours(finished, tmp_path):
 def test_submission_files(tmp_path):
     out = np.array([[0.0, 1.0], [2.0, 0.0]])
     multirc = [Example("t", "q", None, i, (3, 9)) for i in range(2)]
-    path = write_submission(TASKS["multirc"], multirc, out, "test.jsonl", tmp_path)
+    path = write_submission(TASKS["multirc"], multirc, out, tmp_path / "MultiRC.jsonl")
     answers = [{"idx": 0, "label": 1}, {"idx": 1, "label": 0}]
     assert json.loads(path.read_text()) == {
         "idx": 3, "passage": {"questions": [{"idx": 9, "answers": answers}]}}  # fmt: skip
     copa = [Example("p", "c", None, i, 4) for i in range(2)]
-    path = write_submission(TASKS["copa"], copa, out, "test.jsonl", tmp_path)
+    path = write_submission(TASKS["copa"], copa, out, tmp_path / "COPA.jsonl")
     assert json.loads(path.read_text()) == {"idx": 4, "label": 0}
     scores = [Example("a", "b", None, "5")]
-    path = write_submission(TASKS["sts-b"], scores, np.array([[5.7]]), "test.tsv", tmp_path)
+    path = write_submission(TASKS["sts-b"], scores, np.array([[5.7]]), tmp_path / "STS-B.tsv")
     assert path.read_text() == "index\tprediction\n5\t5.000\n"
+
+
+def test_diagnostic_sets_are_predicted_where_they_are(tmp_path):
+    header = "index\tsentence1\tsentence2"
+    for name in TASKS["mnli"].test:
+        write(tmp_path, "mnli", [header, "0\tA.\tB."], name)
+    assert list(TASKS["mnli"].load_tests(tmp_path)) == ["MNLI-m.tsv", "MNLI-mm.tsv"]
+    (tmp_path / "diagnostic").mkdir()
+    (tmp_path / "diagnostic" / "diagnostic.tsv").write_text(f"{header}\n4\tC.\tD.\n")
+    tests = TASKS["mnli"].load_tests(tmp_path)
+    assert tests["AX.tsv"] == [Example("C.", "D.", None, "4")]
+    write(tmp_path, "super-rte", [CB], "test.jsonl")
+    for name, row in (("AX-b", {"sentence1": "A.", "sentence2": "B."}),
+                      ("AX-g", {"premise": "C.", "hypothesis": "D.", "pair_id": 3})):  # fmt: skip
+        (tmp_path / name).mkdir()
+        row |= {"label": "entailment", "idx": 2}
+        data = lzma.compress(json.dumps(row).encode())
+        (tmp_path / name / f"{name}.jsonl.xz").write_bytes(data)
+    tests = TASKS["super-rte"].load_tests(tmp_path)
+    assert list(tests) == ["RTE.jsonl", "AX-b.jsonl", "AX-g.jsonl"]
+    assert tests["AX-b.jsonl"] == [Example("A.", "B.", None, 2)]
+    assert tests["AX-g.jsonl"] == [Example("C.", "D.", None, 2)]
+    out = np.array([[1.0, 0.0]])
+    path = write_submission(TASKS["super-rte"], tests["AX-g.jsonl"], out, tmp_path / "AX-g.jsonl")
+    assert json.loads(path.read_text()) == {"idx": 2, "label": "entailment"}
+
+
+@pytest.mark.parametrize("option", ["--seeds", "--epochs", "--batch", "--lr", "--limit"])
+def test_numbers_must_be_above_zero(option, finished, capsys):
+    options = ["cola", "--model", finished, "--data", "x", option, "0"]
+    assert exit_code(command.main, *options) == 2
+    assert f"{option} must be above 0" in capsys.readouterr().err
+
+
+def test_a_missing_file_is_found_before_training(finished, tmp_path, capsys):
+    write(tmp_path, "cola", ["gj04\t0\t*\tThey is."])
+    assert exit_code(command.main, "cola", "--model", finished, "--data", tmp_path) == 2
+    assert "dev.tsv: there is no such file" in capsys.readouterr().err
+    write(tmp_path, "cola", ["gj04\t0\t*\tThey is."], "dev.tsv")
+    options = ["--submission", "--output", tmp_path / "out"]
+    code = exit_code(command.main, "cola", "--model", finished, "--data", tmp_path, *options)
+    assert code == 2
+    found = capsys.readouterr()
+    assert "test.tsv: there is no such file" in found.err and "step" not in found.out
 
 
 def test_wrong_options_end_with_code_2(finished, capsys):

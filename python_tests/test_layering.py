@@ -12,6 +12,7 @@ LAYERS = [
     {"errors", "atomic", "sample_text", "recipes"},
     {"command_line", "ops", "config_schema", "zstd_files", "parquet_files", "monitor"},
     {"text_files"},
+    {"records"},
     {"tokenizer", "presets", "checkpoint", "info", "distributed", "hardware", "cuda_graph"},
     {"corpus_format", "corpus_plan", "config", "model", "plot", "tokenizer_json"},
     {"word_encoder", "mixture"},
@@ -21,11 +22,11 @@ LAYERS = [
     {"corpus_build"},
     {"corpus"},
     {"batches", "prepare"},
-    {"objective", "optim", "mpnet"},
-    {"held_out", "pretrained", "parallel", "plan_memory"},
+    {"objective", "optim", "mpnet", "text_encoder", "sentence_files", "hf"},
+    {"held_out", "pretrained", "onnx_export", "parallel", "plan_memory"},
     {"train_step"},
-    {"plan_time", "trainer", "inspect", "export", "hf", "finetune", "evaluate"},
-    {"import_mpnet", "plan", "train"},
+    {"plan_time", "trainer", "inspect", "export", "evaluate"},
+    {"import_mpnet", "plan", "train", "finetune"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

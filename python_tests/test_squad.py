@@ -87,9 +87,9 @@ def test_best_thresholds_by_hand():
 
 @pytest.mark.parametrize("text, words", [
     ("{", "expected a JSON document"),
-    ("[]", "expected a JSON object of question id -> an answer's text, found list"),
-    ('{"q1": 3}', "question q1: expected an answer's text, found 3"),
-    ('{"q1": null}', "question q1: expected an answer's text, found None"),
+    ("[]", "predictions.json: expected an object, found []"),
+    ('{"q1": 3}', "question q1: expected text, found 3"),
+    ('{"q1": null}', "question q1: expected text, found null"),
 ])  # fmt: skip
 def test_malformed_predictions(text, words, tmp_path, capsys):
     data, path = tmp_path / "dev.json", tmp_path / "predictions.json"
@@ -109,5 +109,5 @@ def test_malformed_probabilities(tmp_path, capsys):
     assert f"{path}: question b: expected a probability" in capsys.readouterr().err
     for text in ('{"q": "x"}', '{"q": NaN}', '{"q": true}'):
         path.write_text(text)
-        with pytest.raises(ValueError, match=r"na\.json: question q: expected a probability"):
+        with pytest.raises(ValueError, match=r"na\.json: question q: expected a number"):
             read_na_probabilities(path)

@@ -13,12 +13,12 @@ pytest.importorskip("sklearn", reason="fine-tuning needs the extra 'finetune'")
 
 from metro_ext.finetune import __main__ as command
 from metro_ext.finetune import squad
-from metro_ext.finetune.heads import packed
 from metro_ext.finetune.span_head import SpanModel, export_span_model, span_loss
 from metro_ext.finetune.squad_files import Question, Window, read_questions, windows
 from metro_ext.finetune.squad_task import TASKS, best_span
 from metro_ext.model import FIRST_POSITION, Packing
 from metro_ext.pretrained import load
+from metro_ext.text_encoder import EncodedTexts
 
 
 def document(*paragraphs) -> dict:
@@ -122,13 +122,13 @@ def broken(change):
     (broken(lambda p: p["qas"][0]["answers"][0].pop("answer_start")),
      "question q7: expected a field 'answer_start', found text"),
     (broken(lambda p: p["qas"][0].update(id=3)),
-     "data[0].paragraphs[0].qas[0]: field 'id' must be str, found 3"),
+     "data[0].paragraphs[0].qas[0]: field 'id': expected text, found 3"),
     (broken(lambda p: p["qas"].append(p["qas"][0])),
      "question q7: expected each id once, found twice"),
     (broken(lambda p: p.pop("context")),
      "data[0].paragraphs[0]: expected a field 'context', found qas"),
     (broken(lambda p: p["qas"].clear()), "expected questions, found none"),
-    ("[]", "the document: expected a JSON object, found list"),
+    ("[]", "the document: expected an object, found []"),
     ("{", "expected a JSON document"),
 ])  # fmt: skip
 def test_wrong_files_name_file_and_question(text, words, tmp_path):
@@ -299,8 +299,8 @@ def test_exported_logits_are_ours(finished, tmp_path):
     rows = [window.row for window in windows(pretrained.tokenizer, questions, 32, 8)]
     batch = tokenizer(asked, contexts, padding=True, return_tensors="pt")
     assert len(rows) == 2 and not batch["attention_mask"].all()
-    tokens, packing = packed(rows, 32, 0)
-    ours = model(tokens, packing, torch.float32).split([len(row) for row in rows])
+    packed = EncodedTexts.pack(rows, 32)
+    ours = model(packed.tokens, packed.packing, torch.float32).split(packed.lengths)
     theirs = judge.eval()(**batch)
     for i, expected in enumerate(ours):
         found = torch.stack([theirs.start_logits[i], theirs.end_logits[i]], 1)[: len(expected)]
@@ -309,7 +309,7 @@ def test_exported_logits_are_ours(finished, tmp_path):
 
 @pytest.mark.parametrize("options, words", [
     (["squad1", "--submission", "--output", "x"], "SQuAD's test sets are not public"),
-    (["cola", "--stride", "8"], "--length and --stride are for squad1 and squad2"),
+    (["cola", "--stride", "8"], "--stride is for squad1 and squad2, not for cola"),
     (["squad1", "--length", "8"], "at least 16 tokens"),
     (["squad1", "--device", "cuda"], "--device is cuda, but torch finds no CUDA device"),
 ])  # fmt: skip

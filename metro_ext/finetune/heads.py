@@ -9,10 +9,18 @@ from torch import Tensor, nn
 
 from metro_ext import mpnet
 from metro_ext.errors import UserError
-from metro_ext.finetune.examples import Example
+from metro_ext.finetune.examples import Example, Row
 from metro_ext.model import Encoder, Packing
-from metro_ext.pretrained import EncodedTexts, Pretrained
+from metro_ext.pretrained import Pretrained
 from metro_ext.tokenizer import Tokenizer
+
+
+def copy_of_main(pretrained: Pretrained) -> Encoder:
+    """The run's main encoder, to train on: a copy, so that several seeds start alike."""
+    config = pretrained.config.model
+    encoder = Encoder(config, config.layers, config.dropout, 0, None)
+    encoder.load_state_dict(pretrained.main.state_dict())
+    return encoder
 
 
 class Classifier(nn.Module):
@@ -27,8 +35,7 @@ class Classifier(nn.Module):
     def __init__(self, pretrained: Pretrained, labels: int, seed: int):
         super().__init__()
         config = pretrained.config.model
-        self.encoder = Encoder(config, config.layers, config.dropout, 0, None)
-        self.encoder.load_state_dict(pretrained.main.state_dict())
+        self.encoder = copy_of_main(pretrained)
         self.dense = nn.Linear(config.hidden, config.hidden)
         self.out = nn.Linear(config.hidden, labels)
         generator = torch.Generator().manual_seed(seed)
@@ -70,12 +77,11 @@ def export_classifier(
 ) -> None:
     """As ``MPNetForSequenceClassification`` (metro_ext.hf's class for other bucket settings)."""
     config = model.encoder.config
-    prefix = "MPNet" if mpnet.is_stock(config) else "MetroMPNet"
     names = labels or ("score",)
     document = mpnet.mpnet_config(
         config,
         config.layers,
-        f"{prefix}ForSequenceClassification",
+        mpnet.architecture(config, "ForSequenceClassification"),
         id2label=dict(enumerate(names)),
         label2id={name: index for index, name in enumerate(names)},
         problem_type="single_label_classification" if labels else "regression",
@@ -87,40 +93,32 @@ def export_classifier(
     mpnet.write_checkpoint(out, tensors, document, tokenizer)
 
 
-def encode(tokenizer: Tokenizer, examples: list[Example], limit: int) -> list[list[int]]:
+def encode(tokenizer: Tokenizer, examples: list[Example], limit: int) -> list[Row]:
     """<s> text </s> or <s> text </s></s> pair </s>; the longer of the two is cut to fit."""
-    encoded = []
+    encoded: list[Row] = []
+    last, ids = None, []  # neighbours often share a long text: a passage and its questions
     for example in examples:
-        one = tokenizer.encode(example.text)
-        if example.pair is None:
-            encoded.append([tokenizer.bos_id, *one[: limit - 2], tokenizer.eos_id])
-            continue
-        two = tokenizer.encode(example.pair)
-        room = max(0, limit - 4)
-        shorter = min(len(one), len(two), room // 2)
-        if len(one) <= len(two):
-            one, two = one[: max(shorter, room - len(two))], two
-            two = two[: room - len(one)]
-        else:
-            two = two[: max(shorter, room - len(one))]
-            one = one[: room - len(two)]
-        end = tokenizer.eos_id
-        encoded.append([tokenizer.bos_id, *one, end, end, *two, end])
+        if example.text != last:
+            last, ids = example.text, tokenizer.encode(example.text)
+        pair = None if example.pair is None else tokenizer.encode(example.pair)
+        encoded.append(joined(tokenizer, ids, pair, limit))
     return encoded
 
 
-def packed(
-    rows: list[list[int]], limit: int, seed: int, device: torch.device | str = "cpu"
-) -> tuple[Tensor, Packing]:
-    """Rows one after another, without padding; ``seed`` is that of the encoder's dropout."""
-    whole = EncodedTexts.pack(rows, limit)
-    packing = Packing(
-        whole.packing.positions.to(device),
-        whole.packing.cu_seqlens.to(device),
-        limit,
-        torch.tensor(seed, device=device),
-    )
-    return whole.tokens.to(device), packing
+def joined(tokenizer: Tokenizer, one: Row, two: Row | None, limit: int) -> Row:
+    """The row of one text or two, given as ids, of at most ``limit`` tokens."""
+    bos, end = tokenizer.bos_id, tokenizer.eos_id
+    if two is None:
+        return [bos, *one[: limit - 2], end]
+    room = max(0, limit - 4)
+    shorter = min(len(one), len(two), room // 2)
+    if len(one) <= len(two):
+        one = one[: max(shorter, room - len(two))]
+        two = two[: room - len(one)]
+    else:
+        two = two[: max(shorter, room - len(one))]
+        one = one[: room - len(two)]
+    return [bos, *one, end, end, *two, end]
 
 
 def loss_of(logits: Tensor, labels: list) -> Tensor:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from metro_ext.config_schema import OptimConfig
-from metro_ext.finetune.examples import Example
-from metro_ext.finetune.heads import Classifier, encode, packed
+from metro_ext.finetune.examples import Row
+from metro_ext.finetune.heads import Classifier
 from metro_ext.model import Encoder, Packing
 from metro_ext.optim import AdamW, learning_rate
-from metro_ext.tokenizer import Tokenizer
+from metro_ext.text_encoder import EncodedTexts
 
 EVALUATION_BATCH = 64
 
@@ -38,7 +38,7 @@ def defaults(task: str, small: bool, hidden: int) -> Settings:
     base and larger: 2e-5 (published range 1e-5 to 4e-5; 1e-5 for hidden sizes from 1024). Smaller
     models, for which nothing is published, take ELECTRA-Small's 3e-4.
     """
-    epochs = {"mnli": 2, "squad1": 3, "squad2": 3}.get(task, 10 if small else 5)
+    epochs = {"mnli": 2, "record": 2, "squad1": 3, "squad2": 3}.get(task, 10 if small else 5)
     lr = 3e-4 if hidden < 768 else 2e-5 if hidden < 1024 else 1e-5
     return Settings(epochs=epochs, batch=16 if small else 32, lr=lr)
 
@@ -74,20 +74,21 @@ def depth_groups(model: nn.Module, layers: int) -> dict[int, dict[str, nn.Parame
 
 def train(
     model: Trainable,
-    rows: list[list[int]],
+    examples: Sequence[Sequence[Row]],
     labels: list,
     settings: Settings,
     seed: int,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Trains on encoded rows; the same seed gives the same weights.
+    """Trains on encoded examples; the same seed gives the same weights.
 
-    labels: what ``model.loss`` takes, one a row. The model stays on its device.
+    examples: the rows of each; those of a batch are packed one after another.
+    labels: what ``model.loss`` takes, one an example. The model stays on its device.
     AdamW (0.9, 0.98), eps 1e-6, linear warm-up and decay, no clipping; each depth has the rate
     lr · layer_decay^depth.
     """
     config = model.encoder.config
-    steps = max(1, math.ceil(settings.epochs * len(rows) / settings.batch))
+    steps = max(1, math.ceil(settings.epochs * len(examples) / settings.batch))
     optim = OptimConfig(
         lr=settings.lr,
         warmup_steps=round(settings.warmup * steps),
@@ -101,11 +102,13 @@ def train(
     waiting: list[int] = []
     for step in range(1, steps + 1):
         while len(waiting) < settings.batch:
-            waiting += order.permutation(len(rows)).tolist()
+            waiting += order.permutation(len(examples)).tolist()
         chosen, waiting = waiting[: settings.batch], waiting[settings.batch :]
-        own = [rows[i] for i in chosen]
-        tokens, packing = packed(own, config.sequence_length, seed * 1_000_003 + step, device)
-        loss = model.loss(tokens, packing, [labels[i] for i in chosen], settings.dtype, dropout)
+        rows = [row for i in chosen for row in examples[i]]
+        draws = seed * 1_000_003 + step
+        packed = EncodedTexts.pack(rows, config.sequence_length, draws, device)
+        own = [labels[i] for i in chosen]
+        loss = model.loss(packed.tokens, packed.packing, own, settings.dtype, dropout)
         loss.backward()
         rate = learning_rate(step, steps, optim)
         for depth, optimizer in optimizers.items():
@@ -116,17 +119,14 @@ def train(
 
 
 @torch.no_grad()
-def predict(
-    model: Classifier, tokenizer: Tokenizer, examples: list[Example], dtype: torch.dtype
-) -> np.ndarray:
+def predict(model: Classifier, rows: list[Row], dtype: torch.dtype) -> np.ndarray:
     """Logits float32 [N, labels]."""
     model.eval()
     limit = model.encoder.config.sequence_length
     device = next(model.parameters()).device
-    rows = encode(tokenizer, examples, limit)
     found: list[Tensor] = []
     generator = torch.Generator()  # evaluation draws nothing from it
     for first in range(0, len(rows), EVALUATION_BATCH):
-        tokens, packing = packed(rows[first : first + EVALUATION_BATCH], limit, 0, device)
-        found.append(model(tokens, packing, dtype, generator).cpu())
+        own = EncodedTexts.pack(rows[first : first + EVALUATION_BATCH], limit, device=device)
+        found.append(model(own.tokens, own.packing, dtype, generator).cpu())
     return torch.cat(found).numpy()

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metro_ext import mpnet
-from metro_ext.finetune.heads import checked_loss
-from metro_ext.model import FIRST_POSITION, Encoder, Packing
+from metro_ext.finetune.heads import checked_loss, copy_of_main
+from metro_ext.model import FIRST_POSITION, Packing
 from metro_ext.pretrained import Pretrained
 from metro_ext.tokenizer import Tokenizer
 
@@ -24,8 +24,7 @@ class SpanModel(nn.Module):
     def __init__(self, pretrained: Pretrained, seed: int):
         super().__init__()
         config = pretrained.config.model
-        self.encoder = Encoder(config, config.layers, config.dropout, 0, None)
-        self.encoder.load_state_dict(pretrained.main.state_dict())
+        self.encoder = copy_of_main(pretrained)
         self.out = nn.Linear(config.hidden, 2)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
@@ -68,8 +67,8 @@ def span_loss(logits: Tensor, packing: Packing, spans: list[tuple[int, int]]) ->
 def export_span_model(model: SpanModel, tokenizer: Tokenizer, out: Path) -> None:
     """As ``MPNetForQuestionAnswering`` (metro_ext.hf's class for other bucket settings)."""
     config = model.encoder.config
-    prefix = "MPNet" if mpnet.is_stock(config) else "MetroMPNet"
-    document = mpnet.mpnet_config(config, config.layers, f"{prefix}ForQuestionAnswering")
+    name = mpnet.architecture(config, "ForQuestionAnswering")
+    document = mpnet.mpnet_config(config, config.layers, name)
     tensors = {f"mpnet.{k}": v for k, v in mpnet.encoder_tensors(model.encoder).items()}
     tensors |= {"qa_outputs.weight": model.out.weight, "qa_outputs.bias": model.out.bias}
     mpnet.write_checkpoint(out, tensors, document, tokenizer)

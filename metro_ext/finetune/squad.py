@@ -16,7 +16,8 @@ from pathlib import Path
 
 from metro_ext.command_line import run
 from metro_ext.errors import UserError
-from metro_ext.finetune.squad_files import Question, read_json, read_questions
+from metro_ext.finetune.squad_files import Question, read_questions
+from metro_ext.records import checked, read_json
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b", re.UNICODE)
 _PUNCTUATION = frozenset(string.punctuation)
@@ -62,24 +63,18 @@ def answer_texts(questions: list[Question]) -> dict[str, list[str]]:
 
 def read_predictions(path: Path) -> dict[str, str]:
     """Question id -> answer text, of a predictions file; UserError for anything else."""
-    return _read_map(path, str, "an answer's text")
+    return _read_map(path, str)
 
 
 def read_na_probabilities(path: Path) -> dict[str, float]:
     """Question id -> probability of no answer; UserError for anything else."""
-    return _read_map(path, (int, float), "a probability")
+    return _read_map(path, int, float)
 
 
-def _read_map(path: Path, kind: type | tuple, what: str) -> dict:
-    document = read_json(path)
-    if not isinstance(document, dict):
-        raise UserError(
-            f"{path}: expected a JSON object of question id -> {what}, found "
-            f"{type(document).__name__}"
-        )
+def _read_map(path: Path, *kinds: type) -> dict:
+    document = checked(f"{path}", read_json(path), dict)
     for index, value in document.items():
-        if not isinstance(value, kind) or isinstance(value, bool) or value != value:
-            raise UserError(f"{path}: question {index}: expected {what}, found {value!r:.60}")
+        checked(f"{path}: question {index}", value, *kinds)
     return document
 
 

@@ -1,13 +1,12 @@
 """SQuAD's official JSON, plain or .xz, and the stride windows that a model reads it in."""
 
-import json
-import lzma
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from metro_ext.errors import UserError
+from metro_ext.records import checked, field, read_json
 from metro_ext.tokenizer import Tokenizer
 
 QUESTION_TOKENS = 64  # a longer question is cut, as in BERT's SQuAD recipe
@@ -27,18 +26,6 @@ class Question:
     answers: tuple[tuple[int, str], ...]
 
 
-def read_json(path: Path) -> object:
-    """The document of a file; UserError for what is no JSON, no UTF-8, or damaged compression."""
-    opener = lzma.open if path.suffix == ".xz" else open
-    try:
-        with opener(path, "rt", encoding="utf-8-sig") as file:
-            return json.load(file)
-    except (lzma.LZMAError, EOFError) as error:
-        raise UserError(f"{path}: the compressed file is damaged or cut short ({error})") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: expected a JSON document ({error})") from None
-
-
 def read_questions(path: Path, labelled: bool = True) -> list[Question]:
     """The questions of a SQuAD 1.1 or 2.0 file, in its order.
 
@@ -50,48 +37,36 @@ def read_questions(path: Path, labelled: bool = True) -> list[Question]:
             is not where its context should have it; file, place and question id are named.
     """
     found: dict[str, Question] = {}
-    for a, article in enumerate(_field(path, "the document", read_json(path), "data", list)):
-        where = f"data[{a}]"
-        for p, paragraph in enumerate(_field(path, where, article, "paragraphs", list)):
+    document = checked(f"{path}: the document", read_json(path), dict)
+    for a, article in enumerate(field(f"{path}: the document", document, "data", list)):
+        where = f"{path}: data[{a}]"
+        for p, paragraph in enumerate(field(where, article, "paragraphs", list)):
             inner = f"{where}.paragraphs[{p}]"
-            context = _field(path, inner, paragraph, "context", str)
-            for q, record in enumerate(_field(path, inner, paragraph, "qas", list)):
-                index = _field(path, f"{inner}.qas[{q}]", record, "id", str)
+            context = field(inner, paragraph, "context")
+            for q, record in enumerate(field(inner, paragraph, "qas", list)):
+                index = field(f"{inner}.qas[{q}]", record, "id")
                 if index in found:
                     raise UserError(f"{path}: question {index}: expected each id once, found twice")
-                found[index] = _question(path, index, context, record, labelled)
+                where_asked = f"{path}: question {index}"
+                found[index] = _question(where_asked, index, context, record, labelled)
     if not found:
         raise UserError(f"{path}: expected questions, found none")
     return list(found.values())
 
 
-def _question(path: Path, index: str, context: str, record: dict, labelled: bool) -> Question:
-    where = f"question {index}"
+def _question(where: str, index: str, context: str, record: dict, labelled: bool) -> Question:
     answers = []
-    for answer in _field(path, where, record, "answers", list) if labelled else []:
-        start = _field(path, where, answer, "answer_start", int)
-        text = _field(path, where, answer, "text", str)
+    for answer in field(where, record, "answers", list) if labelled else []:
+        start = field(where, answer, "answer_start", int)
+        text = field(where, answer, "text")
         there = context[max(0, start) : max(0, start) + len(text)]
         if start < 0 or there != text:
             raise UserError(
-                f"{path}: {where}: expected the answer {text!r} at character {start} of its "
-                f"context, found {there!r}"
+                f"{where}: expected the answer {text!r} at character {start} of its context, "
+                f"found {there!r}"
             )
         answers.append((start, text))
-    return Question(index, _field(path, where, record, "question", str), context, tuple(answers))
-
-
-def _field(path: Path, where: str, record: object, name: str, kind: type):
-    if not isinstance(record, dict):
-        raise UserError(f"{path}: {where}: expected a JSON object, found {type(record).__name__}")
-    if name not in record:
-        names = ", ".join(sorted(record)) or "none"
-        raise UserError(f"{path}: {where}: expected a field {name!r}, found {names}")
-    if not isinstance(record[name], kind) or isinstance(record[name], bool):
-        raise UserError(
-            f"{path}: {where}: field {name!r} must be {kind.__name__}, found {record[name]!r:.60}"
-        )
-    return record[name]
+    return Question(index, field(where, record, "question"), context, tuple(answers))
 
 
 @dataclass(frozen=True)

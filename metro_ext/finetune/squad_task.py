@@ -1,9 +1,9 @@
 """Extractive question answering: training on windows, the best span over them, what is written."""
 
-import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -11,13 +11,13 @@ import torch
 from metro_ext.atomic import atomic_write
 from metro_ext.errors import UserError
 from metro_ext.finetune import squad
-from metro_ext.finetune.examples import find
-from metro_ext.finetune.heads import packed
-from metro_ext.finetune.loop import EVALUATION_BATCH, Settings, train
-from metro_ext.finetune.span_head import SpanModel
+from metro_ext.finetune.job import Job, Result
+from metro_ext.finetune.loop import EVALUATION_BATCH, Settings, defaults, train
+from metro_ext.finetune.span_head import SpanModel, export_span_model
 from metro_ext.finetune.squad_files import Question, Window, read_questions, windows
 from metro_ext.pretrained import Pretrained
-from metro_ext.tokenizer import Tokenizer
+from metro_ext.records import find
+from metro_ext.text_encoder import EncodedTexts
 
 ANSWER_TOKENS = 30  # the longest answer that is looked for, as in BERT's recipe
 
@@ -34,6 +34,10 @@ class SquadTask:
     unanswerable: bool
     length: int = 384
     stride: int = 128
+    tests_reason = "SQuAD's test sets are not public: predictions.json of the dev set is in DIR"
+
+    def settings(self, hidden: int) -> Settings:
+        return defaults(self.name, False, hidden)
 
     def load(self, data: Path, part: str) -> list[Question]:
         """part: ``train`` or ``dev``."""
@@ -49,6 +53,27 @@ class SquadTask:
     def windows(self, pretrained: Pretrained, questions: list[Question]) -> list[Window]:
         length = min(self.length, pretrained.config.model.sequence_length)
         return windows(pretrained.tokenizer, questions, length, self.stride)
+
+    def finetune(self, job: Job, seed: int) -> Result:
+        questions, dev = self.load(job.data, "train")[: job.limit], self.load(job.data, "dev")
+        made = self.windows(job.pretrained, questions)
+        targets = [window.target(questions[window.question]) for window in made]
+        if not any(last > 0 for _, last in targets):
+            raise UserError("expected an answer that lies whole in a window, found none")
+        model = SpanModel(job.pretrained, seed).to(job.device)
+        train(model, [(window.row,) for window in made], targets, job.settings, seed)
+        found = best_spans(model, dev, self.windows(job.pretrained, dev), job.settings)
+        return Result(model, {f"dev-v{self.version}.json": figures(self, dev, found)}, found)
+
+    def write(self, job: Job, chosen: Result, out: Path) -> list[Path]:
+        export_span_model(chosen.model, job.pretrained.tokenizer, out)
+        (scores,) = chosen.scores.values()
+        return write_predictions(self, chosen.found, scores, out)
+
+    def load_tests(self, data: Path) -> NoReturn:
+        raise UserError(self.tests_reason)
+
+    submit = load_tests
 
 
 TASKS = {
@@ -70,30 +95,6 @@ class Found:
     na: dict[str, float]
 
 
-def finetune_seed(
-    task: SquadTask,
-    pretrained: Pretrained,
-    data: Path,
-    settings: Settings,
-    seed: int,
-    device: torch.device,
-    limit: int | None = None,
-) -> tuple[SpanModel, dict[str, float], Found]:
-    """One seed's model, its figures on the dev file, and what it found there.
-
-    ``limit``: questions to train on.
-    """
-    questions, dev = task.load(data, "train")[:limit], task.load(data, "dev")
-    made = task.windows(pretrained, questions)
-    targets = [window.target(questions[window.question]) for window in made]
-    if not any(last > 0 for _, last in targets):
-        raise UserError("expected an answer that lies whole in a window, found none")
-    model = SpanModel(pretrained, seed).to(device)
-    train(model, [window.row for window in made], targets, settings, seed)
-    found = best_spans(model, pretrained.tokenizer, dev, task.windows(pretrained, dev), settings)
-    return model, figures(task, dev, found), found
-
-
 def figures(task: SquadTask, questions: list[Question], found: Found) -> dict[str, float]:
     """F1 and exact match; for 2.0 at the threshold of the best F1, and the official best ones."""
     answers = squad.answer_texts(questions)
@@ -108,11 +109,7 @@ def figures(task: SquadTask, questions: list[Question], found: Found) -> dict[st
 
 @torch.no_grad()
 def best_spans(
-    model: SpanModel,
-    tokenizer: Tokenizer,
-    questions: list[Question],
-    made: list[Window],
-    settings: Settings,
+    model: SpanModel, questions: list[Question], made: list[Window], settings: Settings
 ) -> Found:
     """The span of the highest score over the windows of each question.
 
@@ -127,9 +124,9 @@ def best_spans(
     for start in range(0, len(made), EVALUATION_BATCH):
         batch = made[start : start + EVALUATION_BATCH]
         rows = [window.row for window in batch]
-        tokens, packing = packed(rows, max(map(len, rows)), 0, device)
-        logits = model(tokens, packing, settings.dtype).cpu()
-        for window, own in zip(batch, logits.split([len(row) for row in rows]), strict=True):
+        packed = EncodedTexts.pack(rows, max(map(len, rows)), device=device)
+        logits = model(packed.tokens, packed.packing, settings.dtype).cpu()
+        for window, own in zip(batch, logits.split(packed.lengths), strict=True):
             place, question = window.question, questions[window.question]
             null[place] = min(null[place], float(own[0].sum()))
             score, characters = best_span(window, own.numpy())
@@ -180,9 +177,3 @@ def write_predictions(
         with atomic_write(folder / name, "w") as file:
             file.write(json.dumps(document, ensure_ascii=False, indent=0) + "\n")
     return [folder / name for name in documents]
-
-
-def with_windows(task: SquadTask, length: int | None, stride: int | None) -> SquadTask:
-    """The task with other windows, where they are given."""
-    given = {"length": length, "stride": stride}
-    return dataclasses.replace(task, **{k: v for k, v in given.items() if v is not None})

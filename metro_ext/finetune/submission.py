@@ -1,6 +1,7 @@
 """Files that the GLUE and SuperGLUE servers take."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,31 +10,25 @@ from metro_ext.atomic import atomic_write
 from metro_ext.finetune.examples import Example
 from metro_ext.finetune.tasks import Task, choices
 
-# GLUE's names; the diagnostic set is not one of the tasks.
-GLUE_NAMES = {
-    "cola": "CoLA", "sst-2": "SST-2", "mrpc": "MRPC", "sts-b": "STS-B", "qqp": "QQP",
-    "qnli": "QNLI", "rte": "RTE", "wnli": "WNLI",
-}  # fmt: skip
-MNLI_NAMES = {"test_matched.tsv": "MNLI-m", "test_mismatched.tsv": "MNLI-mm"}
 
-
-def write_submission(
-    task: Task, examples: list[Example], out: np.ndarray, source: str, folder: Path
-) -> Path:
-    """GLUE: ``index<TAB>prediction`` with a header; SuperGLUE: a JSON object a line."""
-    if task.train.endswith(".jsonl"):
-        path = folder / f"{task.folder}.jsonl"
-        text = "".join(json.dumps(record) + "\n" for record in _records(task, examples, out))
-    else:
-        path = folder / f"{MNLI_NAMES.get(source) or GLUE_NAMES[task.name]}.tsv"
-        rows = [f"{example.index}\t{_prediction(task, o)}" for example, o in _pairs(examples, out)]
-        text = "\n".join(["index\tprediction", *rows]) + "\n"
+def write_submission(task: Task, examples: list[Example], out: np.ndarray, path: Path) -> Path:
+    """GLUE (.tsv): ``index<TAB>prediction`` with a header; SuperGLUE: a JSON object a line."""
+    if path.suffix == ".jsonl":
+        return write_json_lines(path, _records(task, examples, out))
+    rows = [f"{example.index}\t{_prediction(task, o)}" for example, o in _pairs(examples, out)]
     with atomic_write(path, "w") as file:
-        file.write(text)
+        file.write("\n".join(["index\tprediction", *rows]) + "\n")
     return path
 
 
-def _pairs(examples: list[Example], out: np.ndarray):
+def write_json_lines(path: Path, records: list[dict]) -> Path:
+    """A JSON object a line."""
+    with atomic_write(path, "w") as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    return path
+
+
+def _pairs(examples: list[Example], out: np.ndarray) -> Iterator[tuple[Example, np.ndarray]]:
     return zip(examples, out, strict=True)
 
 

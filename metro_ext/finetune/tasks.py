@@ -4,6 +4,7 @@ GLUE: https://gluebenchmark.com (TSV files); SuperGLUE: https://super.gluebenchm
 lines). COPA is scored by the better of two rows, MultiRC by rows grouped into questions.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,19 +13,26 @@ import numpy as np
 
 from metro_ext.errors import UserError
 from metro_ext.finetune import metrics
-from metro_ext.finetune.examples import (
-    Example,
-    field,
-    find,
-    json_rows,
-    label_index,
-    tsv_rows,
-)
+from metro_ext.finetune.examples import Example
+from metro_ext.records import field, find_in, json_rows, label_index, number, tsv_rows
+from metro_ext.text_files import COMPRESSIONS
 
 BINARY = ("0", "1")
 BOOLEAN = ("false", "true")
 ENTAILMENT = ("entailment", "not_entailment")
 THREE_WAY = ("contradiction", "entailment", "neutral")
+
+
+@dataclass(frozen=True)
+class Diagnostic:
+    """A set without training data, which the model of a task answers where the file is there.
+
+    files: below the data folder, the first that exists; columns: of its two texts.
+    """
+
+    output: str
+    files: tuple[str, ...]
+    columns: tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -34,8 +42,9 @@ class Task:
     labels: in the order of the logits; empty for regression.
     read: (task, file, whether it has labels) -> examples.
     score: (examples, outputs [N, labels]) -> metrics, the first of which decides.
+    columns: first text, second text or "", label; of a TSV, or fields of JSON lines.
     dev, test: names of the files; MNLI has two of each.
-    submission: name of the file; columns of a TSV, or JSON lines.
+    outputs: names of the submission's files, one a test file; default: that of the folder.
     """
 
     name: str
@@ -47,12 +56,29 @@ class Task:
     train: str = "train.tsv"
     dev: tuple[str, ...] = ("dev.tsv",)
     test: tuple[str, ...] = ("test.tsv",)
+    outputs: tuple[str, ...] = ()
+    diagnostics: tuple[Diagnostic, ...] = ()
     small: bool = False  # 10 epochs and a batch of 16, as published for the small tasks
 
     def load(self, data: Path, name: str, labelled: bool = True) -> list[Example]:
         """The examples of a file of the task's folder (or of ``data`` itself)."""
-        folder = data / self.folder if (data / self.folder).is_dir() else data
-        path = find(folder, name)
+        return self._examples(find_in(data, self.folder, name), labelled)
+
+    def load_tests(self, data: Path) -> dict[str, list[Example]]:
+        """Name of the submission's file -> examples without labels."""
+        outputs = self.outputs or (self.folder + Path(self.train).suffix,)
+        found = {
+            output: self.load(data, name, labelled=False)
+            for output, name in zip(outputs, self.test, strict=True)
+        }
+        for extra in self.diagnostics:
+            reader = dataclasses.replace(self, columns=(*extra.columns, ""))
+            paths = (data / f"{name}{end}" for name in extra.files for end in COMPRESSIONS)
+            if path := next((path for path in paths if path.is_file()), None):
+                found[extra.output] = reader._examples(path, labelled=False)
+        return found
+
+    def _examples(self, path: Path, labelled: bool) -> list[Example]:
         found = list(self.read(self, path, labelled))
         if not found:
             raise UserError(f"{path}: expected examples of {self.name}, found none")
@@ -96,86 +122,77 @@ def _read_tsv(task: Task, path: Path, labelled: bool) -> Iterator[Example]:
     first, second, label = task.columns
     headless = ["source", "label", "star", "sentence"] if task.name == "cola" and labelled else None
     needed = [name for name in (first, second, label if labelled else "") if name]
-    for place, (number, row) in enumerate(tsv_rows(path, headless, needed)):
+    for place, (where, row) in enumerate(tsv_rows(path, headless, needed)):
         value = None
         if labelled and task.labels:
-            value = label_index(path, number, task.labels, row[label])
+            value = label_index(where, task.labels, row[label])
         elif labelled:
-            try:
-                value = float(row[label])
-            except ValueError:
-                raise UserError(
-                    f"{path}: line {number}: expected a score from 0 to 5, found {row[label]!r}"
-                ) from None
+            value = number(where, row[label], 0, 5, "a score")
         index = row.get("index") or row.get("id") or place
         yield Example(row[first], row[second] if second else None, value, index)
 
 
 def _read_json(task: Task, path: Path, labelled: bool) -> Iterator[Example]:
     first, second, label = task.columns
-    for number, record in json_rows(path):
+    for where, record in json_rows(path):
         value = None
         if labelled:
-            found = field(path, number, record, label, (str, bool, int))
-            value = label_index(path, number, task.labels, found)
-        text, pair = field(path, number, record, first), field(path, number, record, second)
+            value = label_index(where, task.labels, field(where, record, label, str, bool, int))
+        text, pair = field(where, record, first), field(where, record, second)
         if task.name == "wic":
-            text = f"{field(path, number, record, 'word')}: {text}"
-        yield Example(text, pair, value, field(path, number, record, "idx", int))
+            text = f"{field(where, record, 'word')}: {text}"
+        yield Example(text, pair, value, field(where, record, "idx", int))
 
 
 def _read_copa(task: Task, path: Path, labelled: bool) -> Iterator[Example]:
     joints = {"cause": "because", "effect": "so"}
-    for number, record in json_rows(path):
-        question = field(path, number, record, "question")
+    for where, record in json_rows(path):
+        question = field(where, record, "question")
         if question not in joints:
-            raise UserError(
-                f"{path}: line {number}: expected a question of cause, effect, found {question!r}"
-            )
+            raise UserError(f"{where}: expected a question of cause, effect, found {question!r}")
         right = None
         if labelled:
-            right = label_index(path, number, BINARY, field(path, number, record, "label", int))
-        premise = f"{field(path, number, record, 'premise')} {joints[question]}"
-        group = field(path, number, record, "idx", int)
+            right = label_index(where, BINARY, field(where, record, "label", int))
+        premise = f"{field(where, record, 'premise')} {joints[question]}"
+        group = field(where, record, "idx", int)
         for choice in (0, 1):
             label = int(choice == right) if labelled else None
-            text = field(path, number, record, f"choice{choice + 1}")
+            text = field(where, record, f"choice{choice + 1}")
             yield Example(premise, text, label, choice, group)
 
 
 def _read_multirc(task: Task, path: Path, labelled: bool) -> Iterator[Example]:
-    for number, record in json_rows(path):
-        passage = field(path, number, record, "passage", dict)
-        text = field(path, number, passage, "text")
-        for question in field(path, number, passage, "questions", list):
-            asked = field(path, number, question, "question")
-            group = (field(path, number, record, "idx", int), question["idx"])
-            for answer in field(path, number, question, "answers", list):
+    for where, record in json_rows(path):
+        passage = field(where, record, "passage", dict)
+        text, index = field(where, passage, "text"), field(where, record, "idx", int)
+        for question in field(where, passage, "questions", list):
+            asked = field(where, question, "question")
+            group = (index, field(where, question, "idx", int))
+            for answer in field(where, question, "answers", list):
                 label = None
                 if labelled:
-                    found = field(path, number, answer, "label", int)
-                    label = label_index(path, number, BINARY, found)
-                pair = f"{asked} {field(path, number, answer, 'text')}"
-                yield Example(text, pair, label, answer["idx"], group)
+                    label = label_index(where, BINARY, field(where, answer, "label", int))
+                pair = f"{asked} {field(where, answer, 'text')}"
+                yield Example(text, pair, label, field(where, answer, "idx", int), group)
 
 
 def _read_wsc(task: Task, path: Path, labelled: bool) -> Iterator[Example]:
-    for number, record in json_rows(path):
-        words = field(path, number, record, "text").split(" ")
-        target = field(path, number, record, "target", dict)
-        place = field(path, number, target, "span2_index", int)
-        pronoun = field(path, number, target, "span2_text")
-        if not " ".join(words[place:]).lower().startswith(pronoun.lower()):
+    for where, record in json_rows(path):
+        words = field(where, record, "text").split(" ")
+        target = field(where, record, "target", dict)
+        place = field(where, target, "span2_index", int)
+        pronoun = field(where, target, "span2_text")
+        if place < 0 or not " ".join(words[place:]).lower().startswith(pronoun.lower()):
             raise UserError(
-                f"{path}: line {number}: expected {pronoun!r} at word {place}, found "
+                f"{where}: expected {pronoun!r} at word {place}, found "
                 f"{' '.join(words[place : place + 1])!r}"
             )
         value = None
         if labelled:
-            found = field(path, number, record, "label", bool)
-            value = label_index(path, number, BOOLEAN, found)
+            value = label_index(where, BOOLEAN, field(where, record, "label", bool))
         text = " ".join([*words[:place], "*", *words[place : place + 1], "*", *words[place + 1 :]])
-        yield Example(text, field(path, number, target, "span1_text"), value, record.get("idx"))
+        index = field(where, record, "idx", int)
+        yield Example(text, field(where, target, "span1_text"), value, index)
 
 
 def _super(name: str, folder: str, labels: tuple, score: Callable, columns: tuple = (), **rest):
@@ -186,8 +203,19 @@ def _super(name: str, folder: str, labels: tuple, score: Callable, columns: tupl
 
 _ACCURACY, _F1 = _argmax(metrics.accuracy), _argmax(metrics.accuracy_and_f1)
 _PAIR = ("sentence1", "sentence2", "label")
-_MNLI = {"dev": ("dev_matched.tsv", "dev_mismatched.tsv"),
-         "test": ("test_matched.tsv", "test_mismatched.tsv")}  # fmt: skip
+_MNLI = {
+    "dev": ("dev_matched.tsv", "dev_mismatched.tsv"),
+    "test": ("test_matched.tsv", "test_mismatched.tsv"),
+    "outputs": ("MNLI-m.tsv", "MNLI-mm.tsv"),
+    "diagnostics": (
+        Diagnostic("AX.tsv", ("AX/AX.tsv", "diagnostic/diagnostic.tsv"),
+                   ("sentence1", "sentence2")),
+    ),
+}  # fmt: skip
+_SUPER_DIAGNOSTICS = (
+    Diagnostic("AX-b.jsonl", ("AX-b/AX-b.jsonl",), ("sentence1", "sentence2")),
+    Diagnostic("AX-g.jsonl", ("AX-g/AX-g.jsonl",), ("premise", "hypothesis")),
+)
 TASKS = {
     task.name: task
     for task in (
@@ -210,7 +238,7 @@ TASKS = {
         _super("copa", "COPA", BINARY, _best_choice, read=_read_copa, small=True),
         _super("multirc", "MultiRC", BINARY, _grouped, read=_read_multirc),
         _super("super-rte", "RTE", ENTAILMENT, _ACCURACY, ("premise", "hypothesis", "label"),
-               small=True),
+               diagnostics=_SUPER_DIAGNOSTICS, small=True),
         _super("wic", "WiC", BOOLEAN, _ACCURACY, _PAIR, small=True),
         _super("wsc", "WSC", BOOLEAN, _ACCURACY, read=_read_wsc, small=True),
     )

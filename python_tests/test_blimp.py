@@ -5,8 +5,11 @@ import torch
 import torch.nn.functional as F
 from corpora import exit_code
 
-from metro_ext import evaluate
-from metro_ext.pretrained import EncodedTexts, load
+from metro_ext import text_encoder
+from metro_ext.evaluate import __main__ as command
+from metro_ext.evaluate import blimp
+from metro_ext.pretrained import load
+from metro_ext.text_encoder import EncodedTexts
 
 PAIRS = [
     {"UID": "a", "good": "He opened the door.", "bad": "He opened door the."},
@@ -37,11 +40,11 @@ def logits(pretrained, encoder, head, row):
 
 
 def test_scores_are_those_of_one_sentence_at_a_time(pretrained, rows, monkeypatch):
-    monkeypatch.setattr(evaluate, "TOKENS_PER_BATCH", 40)
+    monkeypatch.setattr(blimp, "by_tokens", lambda rows: text_encoder.by_tokens(rows, 40))
     model, mask = pretrained.model, pretrained.tokenizer.mask_id
-    pll = evaluate.pseudo_log_likelihoods(pretrained, rows)
-    clm = evaluate.clm_scores(pretrained, rows)
-    rtd = evaluate.rtd_scores(pretrained, rows)
+    pll = blimp.pseudo_log_likelihoods(pretrained, rows)
+    clm = blimp.clm_scores(pretrained, rows)
+    rtd = blimp.rtd_scores(pretrained, rows)
     for row, p, c, r in zip(rows, pll, clm, rtd, strict=True):
         expected = 0.0
         for i in range(1, len(row) - 1):
@@ -61,13 +64,13 @@ def test_scores_are_those_of_one_sentence_at_a_time(pretrained, rows, monkeypatc
 
 def test_accuracy_by_hand(pretrained, monkeypatch):
     scores = iter([[3.0, 1.0, 5.0], [2.0, 2.0, 5.0]])  # good, bad: a win, a loss, a tie
-    monkeypatch.setattr(evaluate, "scorers", lambda _: {"pll": lambda *_: next(scores)})
-    found = evaluate.blimp(pretrained, PAIRS)
+    monkeypatch.setattr(blimp, "scorers", lambda _: {"pll": lambda *_: next(scores)})
+    found = blimp.blimp(pretrained, PAIRS)
     assert found == {"pll": {"a": 0.5, "b": 0.5, "overall": 0.5}}
 
 
 def test_heads_decide_which_scores_there_are(pretrained):
-    assert set(evaluate.scorers(pretrained)) == {"pll", "rtd", "clm"}
+    assert set(blimp.scorers(pretrained)) == {"pll", "rtd", "clm"}
 
 
 def test_command(finished, tmp_path, capsys):
@@ -75,9 +78,9 @@ def test_command(finished, tmp_path, capsys):
     data.write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS))
     out = tmp_path / "blimp.json"
     argv = ["blimp", str(finished), "--data", str(data), "--limit", "1", "--output", str(out)]
-    evaluate.main(argv)
+    command.main(argv)
     assert "overall" in capsys.readouterr().out
     assert set(json.loads(out.read_text())) == {"pll", "rtd", "clm"}
     data.write_text('{"UID": "a", "good": "x"}\n')
-    assert exit_code(evaluate.main, "blimp", finished, "--data", data) == 2
-    assert "line 1: expected text in field 'bad', found None" in capsys.readouterr().err
+    assert exit_code(command.main, "blimp", finished, "--data", data) == 2
+    assert "blimp.jsonl: line 1: expected a field 'bad', found UID, good" in capsys.readouterr().err

@@ -1,8 +1,7 @@
-"""Zero-shot evaluation: ``python -m metro_ext.evaluate blimp RUN --data blimp.jsonl.xz``.
+"""Minimal pairs: of two sentences that differ in one point, which does the model score higher?
 
-BLiMP (Warstadt et al., arXiv 1912.00582): of two sentences that differ in one point, does the model
-score the acceptable one higher? Scores, each a sum over the sentence's tokens (not its length's
-mean: both sentences are judged whole, as in the paper):
+BLiMP (Warstadt et al., arXiv 1912.00582). Scores, each a sum over the sentence's tokens (not its
+length's mean: both sentences are judged whole, as in the paper):
 
     rtd   log-probability that the main model finds each token original
     clm   log-probability of each token by the main model's vocabulary head, which reads it
@@ -10,104 +9,74 @@ mean: both sentences are judged whole, as in the paper):
           the network that was trained to fill masks (the auxiliary one; the main one of ``mlm``)
 """
 
-import argparse
-import json
-import lzma
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metro_ext.atomic import atomic_write
-from metro_ext.command_line import run
 from metro_ext.errors import UserError
 from metro_ext.ops import rtd_head, vocab_head
-from metro_ext.pretrained import EncodedTexts, Pretrained, load
+from metro_ext.pretrained import Pretrained
+from metro_ext.records import field, json_rows
+from metro_ext.text_encoder import EncodedTexts, by_tokens
 
-TOKENS_PER_BATCH = 8192
 FIELDS = ("UID", "good", "bad")
 Row = list[int]
 
 
 def read_pairs(path: Path) -> list[dict[str, str]]:
-    """Pairs of a .jsonl file, plain or .xz, with BLiMP's fields or those of ``FIELDS``."""
-    opener = lzma.open if path.suffix == ".xz" else open
+    """Pairs of a .jsonl file, plain or compressed: BLiMP's own fields, or those of ``FIELDS``."""
     pairs = []
-    with opener(path, "rt", encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                record = json.loads(line)
-                record.setdefault("good", record.get("sentence_good"))
-                record.setdefault("bad", record.get("sentence_bad"))
-            except (ValueError, AttributeError) as error:
-                raise UserError(
-                    f"{path}: line {number}: expected a JSON object ({error})"
-                ) from None
-            for name in FIELDS:
-                if not isinstance(record.get(name), str):
-                    raise UserError(
-                        f"{path}: line {number}: expected text in field {name!r}, "
-                        f"found {record.get(name)!r}"
-                    )
-            pairs.append(record)
+    for where, record in json_rows(path):
+        official = "sentence_good" in record
+        names = ("UID", "sentence_good", "sentence_bad") if official else FIELDS
+        values = (field(where, record, name) for name in names)
+        pairs.append(dict(zip(FIELDS, values, strict=True)))
     if not pairs:
         raise UserError(f"{path}: expected pairs of sentences, found none")
     return pairs
 
 
-def batches(rows: Sequence[Row], limit: int = TOKENS_PER_BATCH) -> Iterator[list[int]]:
-    """Places of rows, in order, whose tokens add up to at most ``limit`` (or one longer row)."""
-    waiting: list[int] = []
-    size = 0
-    for place, row in enumerate(rows):
-        if waiting and size + len(row) > limit:
-            yield waiting
-            waiting, size = [], 0
-        waiting.append(place)
-        size += len(row)
-    if waiting:
-        yield waiting
+Score = Callable[[Tensor, EncodedTexts], Tensor]  # the main model's states [T, H] -> [T]
 
 
-def _sums(rows: list[Row], score: Callable[[EncodedTexts], Tensor], length: int) -> list[float]:
-    """For each row, the sum of its tokens' scores; ``score``: packed rows -> [T]."""
+@torch.no_grad()
+def _sums(pretrained: Pretrained, rows: list[Row], score: Score) -> list[float]:
+    """For each row, the sum of its tokens' scores."""
+    main, length = pretrained.main, pretrained.config.model.sequence_length
+    table = main.table(torch.float32)
     found: list[float] = []
-    for places in batches(rows):
+    for places in by_tokens(rows):
         packed = EncodedTexts.pack([rows[place] for place in places], length)
-        values = score(packed).double().split(packed.lengths)
+        values = score(main(packed.tokens, packed.packing, table), packed)
+        values = values.double().split(packed.lengths)
         found += [float(one[1:-1].sum()) for one in values]  # without <s> and </s>
     return found
 
 
-@torch.no_grad()
 def rtd_scores(pretrained: Pretrained, rows: list[Row]) -> list[float]:
     """Σ log P(original)."""
-    model = pretrained.model
-    table, head = model.main.table(torch.float32), model.rtd_head
+    head = pretrained.model.rtd_head
 
-    def score(packed: EncodedTexts) -> Tensor:
-        hidden = head.transform(model.main(packed.tokens, packed.packing, table))
+    def score(hidden: Tensor, packed: EncodedTexts) -> Tensor:
         labels = torch.zeros(len(packed.tokens), dtype=torch.uint8)
-        _, logit, _ = rtd_head(hidden, head.weight, head.bias, labels)
+        _, logit, _ = rtd_head(head.transform(hidden), head.weight, head.bias, labels)
         return F.logsigmoid(-logit)
 
-    return _sums(rows, score, pretrained.config.model.sequence_length)
+    return _sums(pretrained, rows, score)
 
 
-@torch.no_grad()
 def clm_scores(pretrained: Pretrained, rows: list[Row]) -> list[float]:
     """Σ log P(token) by the main model's vocabulary head, nothing masked."""
-    model = pretrained.model
-    table, head = model.main.table(torch.float32), model.main_head
+    head, table = pretrained.model.main_head, pretrained.main.table(torch.float32)
 
-    def score(packed: EncodedTexts) -> Tensor:
-        hidden = head.transform(model.main(packed.tokens, packed.packing, table))
-        return -vocab_head(hidden, table.matrix, head.bias, packed.tokens).nll
+    def score(hidden: Tensor, packed: EncodedTexts) -> Tensor:
+        return -vocab_head(head.transform(hidden), table.matrix, head.bias, packed.tokens).nll
 
-    return _sums(rows, score, pretrained.config.model.sequence_length)
+    return _sums(pretrained, rows, score)
 
 
 @torch.no_grad()
@@ -123,7 +92,7 @@ def pseudo_log_likelihoods(pretrained: Pretrained, rows: list[Row]) -> list[floa
             masked.append([*row[:position], mask, *row[position + 1 :]])
             owner.append((place, position))
     totals = [0.0] * len(rows)
-    for places in batches(masked):
+    for places in by_tokens(masked):
         packed = EncodedTexts.pack([masked[i] for i in places], length)
         hidden = encoder(packed.tokens, packed.packing, table)
         where = packed.packing.cu_seqlens[:-1].long()
@@ -176,31 +145,3 @@ def blimp(
         }
         result[name] = per_set | {"overall": sum(per_set.values()) / len(per_set)}
     return result
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m metro_ext.evaluate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("task", choices=("blimp",))
-    parser.add_argument("run", metavar="RUN", help="folder of a pretraining run")
-    parser.add_argument("--data", type=Path, required=True, metavar="FILE.jsonl[.xz]")
-    parser.add_argument("--limit", type=int, metavar="N", help="the first N pairs of each set")
-    parser.add_argument("--output", type=Path, metavar="FILE.json")
-    options = parser.parse_args(argv)
-    if not options.data.is_file():
-        raise UserError(f"{options.data}: there is no such file: check --data")
-    result = blimp(load(options.run), read_pairs(options.data), options.limit)
-    names = list(result)
-    print(f"{'set':<58}" + "".join(f"{name:>8}" for name in names))
-    for uid in result[names[0]]:
-        print(f"{uid:<58}" + "".join(f"{100 * result[name][uid]:8.1f}" for name in names))
-    if options.output:
-        with atomic_write(options.output, "w") as file:
-            file.write(json.dumps(result, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    run(main)

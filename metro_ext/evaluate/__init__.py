@@ -1,0 +1,1 @@
+"""Evaluation without training: ``python -m metro_ext.evaluate blimp|retrieval``."""
