@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metro_ext.checkpoint import load_checkpoint
+from metro_ext.checkpoint import CHECKPOINTS, load_checkpoint
 from metro_ext.config import from_dict
 from metro_ext.config_schema import Config
 from metro_ext.errors import UserError
@@ -81,9 +81,9 @@ def load(run: str | os.PathLike) -> Pretrained:
         UserError: the folder holds no run, or no whole checkpoint.
     """
     folder = Path(run)
-    if not (folder / "checkpoints").is_dir():
+    if not (folder / CHECKPOINTS).is_dir():
         raise UserError(f"{folder}: expected the folder of a run with checkpoints, found none")
-    found = load_checkpoint(folder / "checkpoints")
+    found = load_checkpoint(folder / CHECKPOINTS)
     config = from_dict(found.state["config"])
     tokenizer = Tokenizer.load(folder / "tokenizer.model")
     if tokenizer.sha256 != found.state["tokenizer_sha256"]:

@@ -22,7 +22,7 @@ from metro_ext.errors import UserError
 from metro_ext.hardware import keep_freed_memory, peak_flops
 from metro_ext.monitor import Monitor, Silent
 from metro_ext.plot import plot_run
-from metro_ext.prepare import TOKENIZER_FILE, prepare
+from metro_ext.prepare import prepare
 from metro_ext.presets import flops_per_token, parameter_count
 from metro_ext.trainer import Trainer
 
@@ -62,12 +62,10 @@ def _say_nothing(_: str) -> None:
 
 
 def _records(trainer: Trainer) -> Monitor:
-    """Writes the run's configuration and tokenizer into its folder and opens its records."""
+    """Writes the run's configuration into its folder and opens its records."""
     config, folder = trainer.config, trainer.folder
     with atomic_write(folder / CONFIG_FILE, "w") as file:
         file.write(to_toml(config))
-    if not (folder / TOKENIZER_FILE).exists():
-        trainer.prepared.tokenizer.save(folder / TOKENIZER_FILE)
     return Monitor(
         folder,
         config.run.steps,

@@ -30,7 +30,6 @@ from metro_ext.parallel import engine
 from metro_ext.prepare import Prepared, unigram_nats
 from metro_ext.train_step import StepInputs, Tally, TrainStep
 
-CHECKPOINTS = "checkpoints"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Keys that change what a run reports, how long it is or who computes it, not what a step computes.
 RESUMABLE_KEYS = {
@@ -146,7 +145,7 @@ class Trainer:
             raise AgreedError(
                 f"step {step:.0f}: expected a finite loss and gradient, found loss {loss} and "
                 f"gradient norm {grad_norm}; try a lower optim.lr or a longer warm-up (checkpoints "
-                f"up to step {step - 1:.0f} are in {self.folder / CHECKPOINTS})"
+                f"up to step {step - 1:.0f} are in {self.folder / checkpoint.CHECKPOINTS})"
             )
 
     def _counts(self, batches: list) -> Tensor:
@@ -215,7 +214,7 @@ class Trainer:
         return found
 
     def _write(self, tensors: dict[str, Tensor], state: dict) -> None:
-        folder = self.folder / CHECKPOINTS
+        folder = self.folder / checkpoint.CHECKPOINTS
         checkpoint.save_checkpoint(folder, self.step, tensors, state)
         checkpoint.prune(folder, self.config.run.keep_checkpoints)
 
@@ -225,7 +224,7 @@ class Trainer:
         Raises:
             UserError: it belongs to another configuration, or none is whole.
         """
-        folder = self.folder / CHECKPOINTS
+        folder = self.folder / checkpoint.CHECKPOINTS
         if self.world.is_first:
             checkpoint.clean_leftovers(folder)
         if not checkpoint.checkpoint_steps(folder):

@@ -12,7 +12,7 @@ LAYERS = [
     {"errors", "atomic", "sample_text", "recipes"},
     {"command_line", "ops", "config_schema", "text_files", "monitor"},
     {"tokenizer", "presets", "checkpoint", "info", "distributed", "hardware", "cuda_graph"},
-    {"corpus_format", "config", "model", "plot", "tokenizer_json"},
+    {"corpus_format", "config", "model", "plot", "tokenizer_json", "made_from"},
     {"corpus_build"},
     {"corpus"},
     {"batches", "prepare"},
