@@ -48,6 +48,8 @@ class Pretrained:
     @torch.no_grad()
     def hidden_states(self, texts: str | list[str]) -> list[Tensor]:
         """The main encoder's last hidden states, float32 [tokens, H] for each text."""
+        if not isinstance(texts, str) and not texts:
+            return []
         packed = self.encode(texts)
         hidden = self.main(packed.tokens, packed.packing, self.main.table(torch.float32))
         return list(hidden.split(packed.lengths))

@@ -8,25 +8,28 @@ that takes them in turn, up to the rounding of a sum.
 import contextlib
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from metro_ext import checkpoint
-from metro_ext.batches import BatchSource, evaluation_batches, micro_batch_index, prefetch
+from metro_ext.batches import BatchSource, EvaluationSource, micro_batch_index, prefetch
+from metro_ext.checkpoint import CHECKPOINTS
 from metro_ext.config import differences, from_dict, to_dict
+from metro_ext.config_schema import Config
+from metro_ext.corpus import Corpus
 from metro_ext.cuda_graph import GraphedStep, wanted
 from metro_ext.distributed import AgreedError, World
 from metro_ext.errors import UserError
 from metro_ext.hardware import choose_device
 from metro_ext.held_out import evaluate, interval_figures
 from metro_ext.model import PAD_ID
-from metro_ext.monitor import Monitor
+from metro_ext.monitor import Monitor, require_tensorboard
 from metro_ext.objective import Objective, mask_count
 from metro_ext.optim import AdamW, learning_rate
-from metro_ext.parallel import engine
+from metro_ext.parallel import check_mode, engine
 from metro_ext.prepare import Prepared, unigram_nats
 from metro_ext.train_step import StepInputs, Tally, TrainStep
 
@@ -39,6 +42,29 @@ RESUMABLE_KEYS = {
 }  # fmt: skip
 
 
+def choose_machine(config: Config, world: World) -> tuple[torch.device, bool]:
+    """The device of this rank, and whether its step becomes a CUDA graph.
+
+    All that a run can be refused for before its data are looked at is refused here.
+
+    Raises:
+        UserError: a device or TensorBoard is missing, the ranks cannot share the micro-batches of
+            a step, the parallel mode has no launcher, or run.graph asks for a graph where there
+            can be none.
+    """
+    device = choose_device(config.run.device, world.local_rank)
+    if config.run.accumulation % world.size:
+        raise UserError(
+            "run.accumulation, the micro-batches of a step, must be a multiple of the number "
+            f"of ranks, found {config.run.accumulation} for {world.size} ranks"
+        )
+    check_mode(config, world)
+    if config.run.tensorboard and world.is_first:
+        require_tensorboard()
+    compiled = config.run.compile
+    return device, wanted(config.run.graph, device, world.distributed, compiled=compiled)
+
+
 class Trainer:
     """One run: model, optimizer, data and records, from a configuration.
 
@@ -47,24 +73,15 @@ class Trainer:
         world: this rank among all.
 
     Raises:
-        UserError: a device is missing, the ranks cannot share the micro-batches of a step, or
-            run.graph asks for a graph where there can be none.
+        UserError: as `choose_machine` has it, or a corpus is too small for a batch.
     """
 
     def __init__(self, prepared: Prepared, world: World):
         self.config, self.prepared, self.world = prepared.config, prepared, world
         run_config, model_config = self.config.run, self.config.model
         self.folder = Path(run_config.dir)
-        self.device = choose_device(run_config.device, world.local_rank)
+        self.device, self.graphed = choose_machine(self.config, world)
         self.dtype = DTYPES[run_config.precision]
-        self.graphed = wanted(
-            run_config.graph, self.device, world.distributed, compiled=run_config.compile
-        )
-        if run_config.accumulation % world.size:
-            raise UserError(
-                "run.accumulation, the micro-batches of a step, must be a multiple of the number "
-                f"of ranks, found {run_config.accumulation} for {world.size} ranks"
-            )
         self.accumulation = run_config.accumulation // world.size  # of this rank
         special = torch.tensor(prepared.tokenizer.special_ids, device=self.device)
         objective = Objective(
@@ -78,6 +95,9 @@ class Trainer:
             run_config.tokens_per_batch,
             model_config.sequence_length,
             run_config.seed,
+        )
+        self.held_out = EvaluationSource(
+            prepared.valid, run_config.tokens_per_batch, model_config.sequence_length
         )
         self.unigram_nats = unigram_nats(prepared.train)
         self.step = 0
@@ -122,12 +142,22 @@ class Trainer:
                     self._log(monitor, rate)
                 monitor.tick(step)
                 if evaluation_due:
-                    with monitor.untimed():
+                    with monitor.untimed(), self._saved_on_failure(monitor):
                         monitor.log_evaluation(step, self.evaluate())
                 if checkpoint_due:
                     with monitor.untimed():
                         monitor.sync()
                         self.save()
+
+    @contextlib.contextmanager
+    def _saved_on_failure(self, monitor: Monitor) -> Iterator[None]:
+        """A step whose evaluation fails (on a damaged shard, say) is saved all the same."""
+        try:
+            yield
+        except UserError:
+            monitor.sync()
+            self.save()
+            raise
 
     def _prepared_step(self, inputs: StepInputs) -> Callable[[], None]:
         step = TrainStep(self.config, self.engine, self.optimizer, self.world, inputs, self.tally)
@@ -145,7 +175,7 @@ class Trainer:
             raise AgreedError(
                 f"step {step:.0f}: expected a finite loss and gradient, found loss {loss} and "
                 f"gradient norm {grad_norm}; try a lower optim.lr or a longer warm-up (checkpoints "
-                f"up to step {step - 1:.0f} are in {self.folder / checkpoint.CHECKPOINTS})"
+                f"up to step {step - 1:.0f} are in {self.folder / CHECKPOINTS})"
             )
 
     def _counts(self, batches: list) -> Tensor:
@@ -180,13 +210,9 @@ class Trainer:
 
     def evaluate(self) -> dict[str, float | None]:
         """Figures on the held-out corpus; every rank computes them all, so that none can differ."""
-        batches = evaluation_batches(
-            self.prepared.valid,
-            self.config.run.tokens_per_batch,
-            self.config.model.sequence_length,
-        )
-        limited = itertools.islice(batches, self.config.run.eval_batches)
-        return evaluate(self.model, self.engine.run, limited, self.device, self.unigram_nats)
+        count = min(self.config.run.eval_batches, len(self.held_out))
+        batches = map(self.held_out.batch, range(count))
+        return evaluate(self.model, self.engine.run, batches, self.device, self.unigram_nats)
 
     def save(self) -> None:
         """A checkpoint of the current step, written by rank 0; older ones than the last k go."""
@@ -202,6 +228,7 @@ class Trainer:
             "interval_loss": loss,
             "interval_steps": self.interval_steps,
             "tokenizer_sha256": self.prepared.tokenizer.sha256,
+            "corpora": {name: corpus.sha256 for name, corpus in self._corpora()},
         }
         self.world.together(lambda: self._write(tensors, state) if self.world.is_first else None)
 
@@ -214,7 +241,7 @@ class Trainer:
         return found
 
     def _write(self, tensors: dict[str, Tensor], state: dict) -> None:
-        folder = self.folder / checkpoint.CHECKPOINTS
+        folder = self.folder / CHECKPOINTS
         checkpoint.save_checkpoint(folder, self.step, tensors, state)
         checkpoint.prune(folder, self.config.run.keep_checkpoints)
 
@@ -222,9 +249,10 @@ class Trainer:
         """Loads the newest whole checkpoint, if there is any; every rank reads it.
 
         Raises:
-            UserError: it belongs to another configuration, or none is whole.
+            UserError: it belongs to another configuration or other text, it is past the last step
+                of the run, or none is whole.
         """
-        folder = self.folder / checkpoint.CHECKPOINTS
+        folder = self.folder / CHECKPOINTS
         if self.world.is_first:
             checkpoint.clean_leftovers(folder)
         if not checkpoint.checkpoint_steps(folder):
@@ -233,6 +261,11 @@ class Trainer:
         for sentence in found.damaged if self.world.is_first else ():
             print(f"warning: damaged checkpoint passed over: {sentence}", file=sys.stderr)
         self._check_same_run(found.state)
+        if found.step > self.config.run.steps:
+            raise UserError(
+                f"{self.folder} holds a run of {found.step} steps, expected no more than "
+                f"run.steps = {self.config.run.steps}; give --steps {found.step} or more"
+            )
         with torch.no_grad():
             for key, name, part in self._parts():
                 part.copy_(self.engine.part(name, found.tensors[key]))
@@ -251,10 +284,21 @@ class Trainer:
         if changed:
             raise UserError(
                 f"{self.folder} holds a run with another configuration ({', '.join(changed)} "
-                "differ); give the same options to resume it, or another --run folder"
+                f"differ); give the same options to resume it (--config {self.folder}/config.toml "
+                "has them), or another --run folder"
             )
         if state["tokenizer_sha256"] != self.prepared.tokenizer.sha256:
             raise UserError(f"{self.folder} holds a run with another tokenizer")
+        recorded = state.get("corpora", {})  # older checkpoints have none
+        for name, corpus in self._corpora():
+            if recorded.get(name, corpus.sha256) != corpus.sha256:
+                raise UserError(
+                    f"{self.folder} holds a run on another data.{name} than the corpus "
+                    f"{corpus.folder} is now; give the same text, or another --run folder"
+                )
+
+    def _corpora(self) -> tuple[tuple[str, Corpus], ...]:
+        return ("train", self.prepared.train), ("valid", self.prepared.valid)
 
 
 def _due(step: int, interval: int) -> bool:
