@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from metro_ext.atomic import sha256_file
 from metro_ext.errors import UserError
 
+CHECKPOINTS = "checkpoints"  # the folder of a run's checkpoints, in the run's folder
 _FORMAT = "metro-ext checkpoint 1"
 _TENSORS = "tensors.safetensors"
 _STATE = "state.json"

@@ -1,5 +1,6 @@
 """What every command line does with the mistakes that its user can mend."""
 
+import argparse
 import errno
 import os
 import sys
@@ -44,6 +45,18 @@ def run(main: Callable[[], int | None]) -> None:
         print("interrupted", file=sys.stderr)
         code = INTERRUPTED
     sys.exit(code)
+
+
+def at_least(minimum: int) -> Callable[[str], int]:
+    """For the `type` of an argparse option: a whole number of at least so much."""
+
+    def whole_number(text: str) -> int:
+        value = int(text)
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"must be at least {minimum}, found {value}")
+        return value
+
+    return whole_number
 
 
 def describe_os_error(error: OSError) -> str:

@@ -180,7 +180,9 @@ def _unknown_key(key: str) -> UserError:
         inside = {s.name: s.metadata["help"] for s in dataclasses.fields(SECTIONS[section])}
         nearest = f"{section}.{_nearest(name, inside)}"
     else:
-        nearest = _nearest(key, {known: known for known in ("preset", *SECTIONS, *FIELDS)})
+        # A key without its section is nearest by its own name: "lr" is optim.lr.
+        known = {name: name.rpartition(".")[2] for name in ("preset", *SECTIONS, *FIELDS)}
+        nearest = _nearest(key, known)
     return UserError(f"unknown key {key!r}; did you mean '{nearest}'?")
 
 

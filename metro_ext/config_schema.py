@@ -72,6 +72,11 @@ class ModelConfig(_Section):
                 f"model.heads must divide model.hidden, found {self.heads} heads and "
                 f"hidden {self.hidden}"
             )
+        if self.head_size % 8 or self.head_size > 128:  # the attention kernels' tiles
+            raise UserError(
+                "model.hidden over model.heads, the size of a head, must be a multiple of 8 up to "
+                f"128, found {self.hidden} / {self.heads} = {self.head_size}"
+            )
         if self.relative_buckets % 2:
             raise UserError(
                 "model.relative_buckets must be even (half of them look back, half ahead), "
@@ -222,6 +227,11 @@ class Config:
             raise UserError(
                 "run.tokens_per_batch must hold one sequence of model.sequence_length = "
                 f"{self.model.sequence_length} tokens, found {self.run.tokens_per_batch}"
+            )
+        if self.run.tokens_per_batch % self.model.sequence_length:
+            raise UserError(
+                "run.tokens_per_batch must be a multiple of model.sequence_length = "
+                f"{self.model.sequence_length}, found {self.run.tokens_per_batch}"
             )
 
 

@@ -7,6 +7,7 @@ python -m metro_ext.corpus info DIR=WEIGHT DIR=WEIGHT...
 
 import argparse
 import bisect
+import hashlib
 import itertools
 import os
 import sys
@@ -17,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from metro_ext.atomic import sha256_file
-from metro_ext.command_line import run
+from metro_ext.command_line import at_least, run
 from metro_ext.corpus_build import DEFAULT_SHARD_TOKENS, build_corpus, work_folder
 from metro_ext.corpus_format import (
     COUNTS,
@@ -101,6 +102,14 @@ class Corpus:
                 f"found {own.sha256}): build the corpus again with the tokenizer in use"
             )
         return cls(folder, manifest, own)
+
+    @property
+    def sha256(self) -> str:
+        """Of the tokens, the document borders and the tokenizer, from the manifest's checksums."""
+        manifest = self.manifest
+        parts = [manifest.tokenizer_sha256, manifest.documents_sha256]
+        parts += [shard.sha256 for shard in manifest.shards]
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
     def __len__(self) -> int:
         """Tokens in the stream."""
@@ -334,7 +343,9 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--output", required=True, metavar="DIR", help="the folder to make")
     build.add_argument("--shard-tokens", type=int, default=DEFAULT_SHARD_TOKENS, metavar="N")
     build.add_argument("--field", default="text", metavar="NAME", help=FIELD_HELP)
-    build.add_argument("--workers", type=int, metavar="N", help="processes (default: all cores)")
+    build.add_argument(
+        "--workers", type=at_least(1), metavar="N", help="processes (default: all cores)"
+    )
     build.add_argument(
         "--dedup", action="store_true", help="keep only the first of documents with the same text"
     )

@@ -15,14 +15,14 @@ from pathlib import Path
 
 from metro_ext import mpnet
 from metro_ext.atomic import atomic_write
-from metro_ext.checkpoint import latest_valid
+from metro_ext.checkpoint import CHECKPOINTS, latest_valid
 from metro_ext.command_line import run
 from metro_ext.errors import UserError
 from metro_ext.onnx_export import write_onnx
 from metro_ext.pretrained import Pretrained, load
 from metro_ext.sentence_files import write_sentence_files
 
-CHECKPOINTS, TRAINING_STATE = "checkpoints", "training-state"
+TRAINING_STATE = "training-state"
 CLASSES = {"mpnet": "MPNet", "metro": "MetroMPNet"}
 
 

@@ -17,12 +17,12 @@ import torch
 
 from metro_ext import mpnet
 from metro_ext.atomic import atomic_write
-from metro_ext.checkpoint import load_checkpoint, save_checkpoint
+from metro_ext.checkpoint import CHECKPOINTS, load_checkpoint, save_checkpoint
 from metro_ext.command_line import run
 from metro_ext.config import from_dict, load_config, to_dict, to_toml
 from metro_ext.config_schema import Config
 from metro_ext.errors import UserError
-from metro_ext.export import CHECKPOINTS, TRAINING_STATE
+from metro_ext.export import TRAINING_STATE
 from metro_ext.model import PretrainingModel
 from metro_ext.ops import METRICS
 from metro_ext.optim import AdamW

@@ -295,7 +295,12 @@ def _plain(value: int | float | None) -> int | float | str | None:
     return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _tensorboard(run_dir: Path, resumed_step: int) -> Any:
+def require_tensorboard() -> type:
+    """TensorBoard's writer of events.
+
+    Raises:
+        UserError: it is not installed.
+    """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -303,7 +308,11 @@ def _tensorboard(run_dir: Path, resumed_step: int) -> Any:
             "run.tensorboard is true, but TensorBoard is not installed: pip install tensorboard, "
             "or leave run.tensorboard out"
         ) from None
-    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_step + 1)
+    return SummaryWriter
+
+
+def _tensorboard(run_dir: Path, resumed_step: int) -> Any:
+    return require_tensorboard()(str(run_dir / "tensorboard"), purge_step=resumed_step + 1)
 
 
 def _line(

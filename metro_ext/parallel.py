@@ -202,6 +202,20 @@ class Sharded(Local):
         ).to_local()
 
 
+def check_mode(config: Config, world: World) -> None:
+    """UserError where the settings of `parallel.mode` do not go together."""
+    mode = config.parallel.mode
+    if mode == "ddp":
+        return
+    if not world.distributed:
+        raise UserError(
+            f"parallel.mode={mode} needs a launcher, even for one process: start it with "
+            "torchrun --nproc-per-node N -m metro_ext.train"
+        )
+    if config.run.compile:
+        raise UserError(f"run.compile goes with parallel.mode=ddp, found {mode}")
+
+
 def engine(config: Config, objective: Objective, device: torch.device, world: World) -> Local:
     """The model of a configuration, initialised, on the engine that it names.
 
@@ -209,13 +223,7 @@ def engine(config: Config, objective: Objective, device: torch.device, world: Wo
         UserError: the settings do not go together.
     """
     mode, sharded = config.parallel.mode, config.parallel.mode in ("zero1", "fsdp2")
-    if sharded and not world.distributed:
-        raise UserError(
-            f"parallel.mode={mode} needs a launcher, even for one process: start it with "
-            "torchrun --nproc-per-node N -m metro_ext.train"
-        )
-    if sharded and config.run.compile:
-        raise UserError(f"run.compile goes with parallel.mode=ddp, found {mode}")
+    check_mode(config, world)
     with torch.device("meta") if sharded else contextlib.nullcontext():
         model = PretrainingModel(config.model, config.objective.name, config.run.seed)
     recompute_layers(model, config.run.recompute)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from metro_ext import mpnet
-from metro_ext.checkpoint import load_checkpoint
+from metro_ext.checkpoint import CHECKPOINTS, load_checkpoint
 from metro_ext.config import from_dict
 from metro_ext.config_schema import Config, ModelConfig
 from metro_ext.errors import UserError
@@ -50,6 +50,8 @@ class Pretrained:
     @torch.no_grad()
     def hidden_states(self, texts: str | list[str]) -> list[Tensor]:
         """The main encoder's last hidden states, float32 [tokens, H] for each text."""
+        if not isinstance(texts, str) and not texts:
+            return []
         packed = self.encode(texts)
         hidden = self.main(packed.tokens, packed.packing, self.main.table(torch.float32))
         return list(hidden.split(packed.lengths))
@@ -66,9 +68,9 @@ def load(run: str | os.PathLike) -> Pretrained:
         UserError: the folder holds no run, or no whole checkpoint.
     """
     folder = Path(run)
-    if not (folder / "checkpoints").is_dir():
+    if not (folder / CHECKPOINTS).is_dir():
         raise UserError(f"{folder}: expected the folder of a run with checkpoints, found none")
-    found = load_checkpoint(folder / "checkpoints")
+    found = load_checkpoint(folder / CHECKPOINTS)
     config = from_dict(found.state["config"])
     tokenizer = Tokenizer.load(folder / TOKENIZER_FILE)
     if tokenizer.sha256 != found.state["tokenizer_sha256"]:

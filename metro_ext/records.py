@@ -1,4 +1,4 @@
-"""Rows of task files: JSON lines, one JSON document, tab-separated; plain, ``.gz``, ``.xz`` or ``.zst``.
+"""Rows of task files: JSON lines, one JSON document, tab-separated; plain or compressed.
 
 Every row comes with where it stands ("FILE: line N"), and `field` and `label_index` check what it
 holds, so that wrong data is reported by place, expectation and finding.

@@ -24,7 +24,7 @@ import numpy as np
 import sentencepiece
 
 from metro_ext.atomic import atomic_write
-from metro_ext.command_line import run
+from metro_ext.command_line import at_least, run
 from metro_ext.errors import UserError
 from metro_ext.text_files import FIELD_HELP, PARAGRAPH_BYTES, find_text_files, read_paragraphs
 
@@ -351,7 +351,8 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(cased=False)
     train.add_argument("--field", default="text", metavar="NAME", help=FIELD_HELP)
     train.add_argument("--character-coverage", type=float, default=0.9995, metavar="SHARE")
-    train.add_argument("--sample-bytes", type=int, default=DEFAULT_SAMPLE_BYTES, metavar="N")
+    size = {"type": at_least(1), "default": DEFAULT_SAMPLE_BYTES}
+    train.add_argument("--sample-bytes", **size, metavar="N")
     train.add_argument("--seed", type=int, default=0, help="of the sample of a larger text")
     train.set_defaults(command=_train)
 

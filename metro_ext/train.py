@@ -11,6 +11,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from shlex import quote
 
 from metro_ext import checkpoint
 from metro_ext.atomic import atomic_write
@@ -22,9 +23,9 @@ from metro_ext.errors import UserError
 from metro_ext.hardware import keep_freed_memory, peak_flops
 from metro_ext.monitor import Monitor, Silent
 from metro_ext.plot import plot_run
-from metro_ext.prepare import TOKENIZER_FILE, prepare
+from metro_ext.prepare import prepare
 from metro_ext.presets import flops_per_token, parameter_count
-from metro_ext.trainer import Trainer
+from metro_ext.trainer import Trainer, choose_machine
 
 CONFIG_FILE = "config.toml"
 
@@ -44,6 +45,7 @@ def pretrain(
         # One lock a run: that of rank 0.
         lock = checkpoint.RunLock(folder) if world.is_first else contextlib.nullcontext()
         world.together(lambda: stack.enter_context(lock))
+        world.together(lambda: choose_machine(config, world))
         prepared = world.in_turn(lambda: prepare(config, say))
         trainer = world.together(lambda: Trainer(prepared, world))
         resumed = world.together(trainer.resume)
@@ -53,7 +55,7 @@ def pretrain(
             trainer.train(monitor)
         figures = trainer.evaluate()
         if world.is_first:
-            _conclude(folder, figures, plot_run(folder), say)
+            _conclude(config, figures, plot_run(folder), say)
     return figures
 
 
@@ -62,12 +64,10 @@ def _say_nothing(_: str) -> None:
 
 
 def _records(trainer: Trainer) -> Monitor:
-    """Writes the run's configuration and tokenizer into its folder and opens its records."""
+    """Writes the run's configuration into its folder and opens its records."""
     config, folder = trainer.config, trainer.folder
     with atomic_write(folder / CONFIG_FILE, "w") as file:
         file.write(to_toml(config))
-    if not (folder / TOKENIZER_FILE).exists():
-        trainer.prepared.tokenizer.save(folder / TOKENIZER_FILE)
     return Monitor(
         folder,
         config.run.steps,
@@ -112,15 +112,17 @@ TABLE = (
 )
 
 
-def _conclude(folder: Path, figures: dict[str, float | None], picture: Path, say) -> None:
+def _conclude(config: Config, figures: dict[str, float | None], picture: Path, say) -> None:
+    folder = Path(config.run.dir)
     say("\non held-out text")
     for key, label in TABLE:
         if figures.get(key) is not None:
             say(f"  {label:<36} {figures[key]:10.4f}")
     say(
         f"\nplot: {picture}\n\ntry next:\n"
-        f'  python -m metro_ext.inspect {folder} "it was a dark and [MASK] night"\n'
-        f"  python -m metro_ext.train --run {folder} --steps 4000   # go on for longer\n"
+        f'  python -m metro_ext.inspect {quote(str(folder))} "it was a dark and [MASK] night"\n'
+        f"  python -m metro_ext.train --config {quote(str(folder / CONFIG_FILE))} "
+        f"--steps {2 * config.run.steps}   # go on for longer\n"
         "  python -m metro_ext.train --preset small --print-config"
     )
 

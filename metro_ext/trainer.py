@@ -8,35 +8,60 @@ that takes them in turn, up to the rounding of a sum.
 import contextlib
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from metro_ext import checkpoint
-from metro_ext.batches import evaluation_batches, micro_batch_index, prefetch, training_source
+from metro_ext.batches import EvaluationSource, micro_batch_index, prefetch, training_source
+from metro_ext.checkpoint import CHECKPOINTS
 from metro_ext.config import differences, from_dict, to_dict
+from metro_ext.config_schema import Config
+from metro_ext.corpus import Corpus
 from metro_ext.cuda_graph import GraphedStep, wanted
 from metro_ext.distributed import AgreedError, World
 from metro_ext.errors import UserError
 from metro_ext.hardware import DTYPES, choose_device
 from metro_ext.held_out import evaluate, interval_figures
 from metro_ext.model import PAD_ID
-from metro_ext.monitor import Monitor
+from metro_ext.monitor import Monitor, require_tensorboard
 from metro_ext.objective import Objective, mask_count
 from metro_ext.optim import AdamW, learning_rate
-from metro_ext.parallel import engine
+from metro_ext.parallel import check_mode, engine
 from metro_ext.prepare import Prepared, unigram_nats
 from metro_ext.train_step import StepInputs, Tally, TrainStep
 
-CHECKPOINTS = "checkpoints"
 # Keys that change what a run reports, how long it is or who computes it, not what a step computes.
 RESUMABLE_KEYS = {
     "run.dir", "run.steps", "run.log_interval", "run.eval_interval", "run.eval_batches",
     "run.checkpoint_interval", "run.keep_checkpoints", "run.tensorboard", "run.recompute",
     "run.graph", "parallel.mode", "parallel.backend", "parallel.timeout",
 }  # fmt: skip
+
+
+def choose_machine(config: Config, world: World) -> tuple[torch.device, bool]:
+    """The device of this rank, and whether its step becomes a CUDA graph.
+
+    All that a run can be refused for before its data are looked at is refused here.
+
+    Raises:
+        UserError: a device or TensorBoard is missing, the ranks cannot share the micro-batches of
+            a step, the parallel mode has no launcher, or run.graph asks for a graph where there
+            can be none.
+    """
+    device = choose_device(config.run.device, world.local_rank)
+    if config.run.accumulation % world.size:
+        raise UserError(
+            "run.accumulation, the micro-batches of a step, must be a multiple of the number "
+            f"of ranks, found {config.run.accumulation} for {world.size} ranks"
+        )
+    check_mode(config, world)
+    if config.run.tensorboard and world.is_first:
+        require_tensorboard()
+    compiled = config.run.compile
+    return device, wanted(config.run.graph, device, world.distributed, compiled=compiled)
 
 
 class Trainer:
@@ -47,24 +72,15 @@ class Trainer:
         world: this rank among all.
 
     Raises:
-        UserError: a device is missing, the ranks cannot share the micro-batches of a step, or
-            run.graph asks for a graph where there can be none.
+        UserError: as `choose_machine` has it, or a corpus is too small for a batch.
     """
 
     def __init__(self, prepared: Prepared, world: World):
         self.config, self.prepared, self.world = prepared.config, prepared, world
         run_config, model_config = self.config.run, self.config.model
         self.folder = Path(run_config.dir)
-        self.device = choose_device(run_config.device, world.local_rank)
+        self.device, self.graphed = choose_machine(self.config, world)
         self.dtype = DTYPES[run_config.precision]
-        self.graphed = wanted(
-            run_config.graph, self.device, world.distributed, compiled=run_config.compile
-        )
-        if run_config.accumulation % world.size:
-            raise UserError(
-                "run.accumulation, the micro-batches of a step, must be a multiple of the number "
-                f"of ranks, found {run_config.accumulation} for {world.size} ranks"
-            )
         self.accumulation = run_config.accumulation // world.size  # of this rank
         special = torch.tensor(prepared.tokenizer.special_ids, device=self.device)
         objective = Objective(
@@ -78,6 +94,9 @@ class Trainer:
             run_config.tokens_per_batch,
             model_config.sequence_length,
             run_config.seed,
+        )
+        self.held_out = EvaluationSource(
+            prepared.valid, run_config.tokens_per_batch, model_config.sequence_length
         )
         self.unigram_nats = unigram_nats(prepared.train)
         self.step = 0
@@ -125,12 +144,22 @@ class Trainer:
                     self._log(monitor, rate)
                 monitor.tick(step)
                 if evaluation_due:
-                    with monitor.untimed():
+                    with monitor.untimed(), self._saved_on_failure(monitor):
                         monitor.log_evaluation(step, self.evaluate())
                 if checkpoint_due:
                     with monitor.untimed():
                         monitor.sync()
                         self.save()
+
+    @contextlib.contextmanager
+    def _saved_on_failure(self, monitor: Monitor) -> Iterator[None]:
+        """A step whose evaluation fails (on a damaged shard, say) is saved all the same."""
+        try:
+            yield
+        except UserError:
+            monitor.sync()
+            self.save()
+            raise
 
     def _prepared_step(self, inputs: StepInputs) -> Callable[[], None]:
         step = TrainStep(self.config, self.engine, self.optimizer, self.world, inputs, self.tally)
@@ -183,13 +212,9 @@ class Trainer:
 
     def evaluate(self) -> dict[str, float | None]:
         """Figures on the held-out corpus; every rank computes them all, so that none can differ."""
-        batches = evaluation_batches(
-            self.prepared.valid,
-            self.config.run.tokens_per_batch,
-            self.config.model.sequence_length,
-        )
-        limited = itertools.islice(batches, self.config.run.eval_batches)
-        return evaluate(self.model, self.engine.run, limited, self.device, self.unigram_nats)
+        count = min(self.config.run.eval_batches, len(self.held_out))
+        batches = map(self.held_out.batch, range(count))
+        return evaluate(self.model, self.engine.run, batches, self.device, self.unigram_nats)
 
     def save(self) -> None:
         """A checkpoint of the current step, written by rank 0; older ones than the last k go."""
@@ -205,6 +230,7 @@ class Trainer:
             "interval_loss": loss,
             "interval_steps": self.interval_steps,
             "tokenizer_sha256": self.prepared.tokenizer.sha256,
+            "corpora": {name: corpus.sha256 for name, corpus in self._corpora()},
         }
         self.world.together(lambda: self._write(tensors, state) if self.world.is_first else None)
 
@@ -225,7 +251,8 @@ class Trainer:
         """Loads the newest whole checkpoint, if there is any; every rank reads it.
 
         Raises:
-            UserError: it belongs to another configuration, or none is whole.
+            UserError: it belongs to another configuration or other text, it is past the last step
+                of the run, or none is whole.
         """
         folder = self.folder / CHECKPOINTS
         if self.world.is_first:
@@ -236,6 +263,11 @@ class Trainer:
         for sentence in found.damaged if self.world.is_first else ():
             print(f"warning: damaged checkpoint passed over: {sentence}", file=sys.stderr)
         self._check_same_run(found.state)
+        if found.step > self.config.run.steps:
+            raise UserError(
+                f"{self.folder} holds a run of {found.step} steps, expected no more than "
+                f"run.steps = {self.config.run.steps}; give --steps {found.step} or more"
+            )
         with torch.no_grad():
             for key, name, part in self._parts():
                 part.copy_(self.engine.part(name, found.tensors[key]))
@@ -254,10 +286,24 @@ class Trainer:
         if changed:
             raise UserError(
                 f"{self.folder} holds a run with another configuration ({', '.join(changed)} "
-                "differ); give the same options to resume it, or another --run folder"
+                f"differ); give the same options to resume it (--config {self.folder}/config.toml "
+                "has them), or another --run folder"
             )
         if state["tokenizer_sha256"] != self.prepared.tokenizer.sha256:
             raise UserError(f"{self.folder} holds a run with another tokenizer")
+        recorded = state.get("corpora", {})  # older checkpoints have none
+        for name, corpus in self._corpora():
+            if recorded.get(name, corpus.sha256) != corpus.sha256:
+                raise UserError(
+                    f"{self.folder} holds a run on another data.{name} than the corpus "
+                    f"{corpus.folder} is now; give the same text, or another --run folder"
+                )
+
+    def _corpora(self) -> Iterator[tuple[str, Corpus]]:
+        """What the run reads, by the key that names it; a mixture's second corpus is train.1."""
+        for i, corpus in enumerate(self.prepared.train.corpora):
+            yield f"train.{i}" if i else "train", corpus
+        yield "valid", self.prepared.valid
 
 
 def _due(step: int, interval: int) -> bool:

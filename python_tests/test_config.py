@@ -62,6 +62,8 @@ def unlike() -> Config:
                   for s in dataclasses.fields(cls)}  # fmt: skip
         if section == "model":
             values |= {"hidden": 192, "heads": 3}
+        if section == "run":
+            values["tokens_per_batch"] = 3 * sections["model"].sequence_length
         sections[section] = cls(**values)
     return Config(preset="small", **sections)
 
@@ -135,10 +137,14 @@ def test_shortcuts_and_forms():
         (["--objective=bert"], ["objective.name", "metro, electra, clm-all, mlm", "'bert'"]),
         (["--preset=bass"], ["preset", "base++", "'bass'"]),
         (["--model.heads=3"], ["model.heads", "3 heads", "hidden 128"]),
+        (["--model.hidden=20"], ["multiple of 8", "found 20 / 2 = 10"]),
+        (["--model.hidden=260"], ["multiple of 8 up to 128", "found 260 / 2 = 130"]),
+        (["--model.hidden=132", "--model.heads=1"], ["multiple of 8", "132 / 1 = 132"]),
         (["--model.relative_buckets=33"], ["model.relative_buckets", "even", "33"]),
         (["--model.relative_max_distance=8"], ["model.relative_max_distance", "found 8"]),
         (["--objective.random_token_fraction=0.3"], ["add up", "1.1"]),
         (["--run.tokens_per_batch=100"], ["run.tokens_per_batch", "128", "100"]),
+        (["--run.tokens_per_batch=1000"], ["run.tokens_per_batch", "multiple of", "128", "1000"]),
         (["--data.train=[1, 2]"], ["data.train", "list of strings", "[1, 2]"]),
         (["--data.train=[oops"], ["data.train", "list of strings", "[oops"]),
         (["--run", "caf\udce9"], ["run.dir", "UTF-8"]),
@@ -157,6 +163,7 @@ def test_mistakes_on_the_command_line(argv, parts):
         ("[optim]\nlrr = 1", ["unknown key 'optim.lrr'", "'optim.lr'"]),
         ("[optimizer]\nlr = 1", ["unknown key 'optimizer'", "'optim'"]),
         ("steps = 1", ["unknown key 'steps'", "'run.steps'"]),
+        ("lr = 1", ["unknown key 'lr'", "'optim.lr'"]),
         ("run = 1", ["'run' must be a table"]),
         ("[run]\nsteps = true", ["run.steps", "a whole number", "True"]),
         ("[run]\ndir = 3", ["run.dir", "a string", "3"]),

@@ -14,7 +14,7 @@ LAYERS = [
     {"text_files"},
     {"records"},
     {"tokenizer", "presets", "checkpoint", "info", "distributed", "hardware", "cuda_graph"},
-    {"corpus_format", "corpus_plan", "config", "model", "plot", "tokenizer_json"},
+    {"corpus_format", "corpus_plan", "config", "model", "plot", "tokenizer_json", "made_from"},
     {"word_encoder", "mixture"},
     {"corpus_parts"},
     {"corpus_shards", "corpus_dedup"},

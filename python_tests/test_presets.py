@@ -128,7 +128,7 @@ class Whole(nn.Module):
 @pytest.mark.parametrize("name", ["metro", "electra", "clm-all", "mlm"])
 def test_counts_equal_those_of_the_modules(name, share):
     config = ModelConfig(
-        layers=3, hidden=24, ffn=40, heads=2, aux_layers=2, vocab_size=50, sequence_length=20,
+        layers=3, hidden=24, ffn=40, heads=3, aux_layers=2, vocab_size=50, sequence_length=20,
         share_embeddings=share,
     )  # fmt: skip
     objective = ObjectiveConfig(name=name, mask_fraction=0.15)

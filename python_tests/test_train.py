@@ -2,6 +2,7 @@
 
 import json
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -11,10 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_runs import ENVIRONMENT, command, train
+from corpora import exit_code, make_corpus, small_tokenizer
+from training_runs import ENVIRONMENT, TINY, command, train
 
 import metro_ext
+from metro_ext import inspect
 from metro_ext.checkpoint import checkpoint_steps, load_checkpoint
+from metro_ext.config import load_config
+from metro_ext.errors import UserError
+from metro_ext.pretrained import EncodedTexts
+from metro_ext.train import pretrain
 
 
 def bits(folder: Path) -> dict:
@@ -125,6 +132,10 @@ def test_load_gives_model_and_tokenizer(finished):
     assert pretrained.step == 20
 
 
+def test_no_texts_have_no_hidden_states(finished):
+    assert metro_ext.load(finished).hidden_states([]) == []
+
+
 def test_inspect(finished):
     done = subprocess.run(
         [sys.executable, "-m", "metro_ext.inspect", str(finished), "the [MASK] house"],
@@ -132,6 +143,36 @@ def test_inspect(finished):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "guesses:" in done.stdout and done.stdout.count("replaced") >= 3
+    assert "In place of [MASK] the main model read the first guess" in done.stdout
+
+
+def test_inspect_shows_the_main_model_the_best_guess(finished):
+    pretrained = metro_ext.load(finished)
+    with_mask = inspect.inspect(pretrained, "the [MASK] house")
+    (index,) = with_mask.guesses
+    filled = [piece if i != index else with_mask.guesses[index][0][0]
+              for i, piece in enumerate(with_mask.pieces)]  # fmt: skip
+    ids = [next(i for i in range(400) if pretrained.tokenizer.pieces([i]) == [p]) for p in filled]
+    packed = EncodedTexts.pack([[0, *ids, 2]], 32)
+    head, main = pretrained.model.rtd_head, pretrained.main
+    hidden = head.transform(main(packed.tokens, packed.packing, main.table(torch.float32)))
+    logit = hidden @ head.weight.view(-1) + head.bias
+    expected = logit.sigmoid()[1:-1].detach()
+    torch.testing.assert_close(torch.tensor(with_mask.replaced), expected)
+
+
+def test_inspect_says_what_it_left_out(finished):
+    result = inspect.inspect(metro_ext.load(finished), "word " * 50)
+    assert len(result.pieces) == 30 and result.left_out >= 20
+    assert f"({result.left_out} tokens more than the model can read" in inspect.render(result)
+
+
+@pytest.mark.parametrize("guesses", ["-1", "0"])
+def test_inspect_without_a_guess(finished, capsys, guesses):
+    assert exit_code(inspect.main, finished, "the [MASK] house", "--guesses", guesses) == 2
+    assert f"--guesses: must be at least 1, found {guesses}" in capsys.readouterr().err
+    with pytest.raises(UserError, match=f"at least 1 guess, found {guesses}"):
+        inspect.inspect(metro_ext.load(finished), "the [MASK] house", int(guesses))
 
 
 def test_print_config_round_trips(tmp_path):
@@ -220,3 +261,82 @@ def test_cuda_asked_for_and_missing(text, tmp_path):
         pytest.skip("this machine has CUDA")
     done = train(tmp_path / "run", "--run.device=cuda", *text, code=2)
     assert "cuda" in refused(done)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--run.graph=on"], "run.graph is on, which needs a CUDA device"),
+        (["--parallel=fsdp2"], "needs a launcher"),
+        (["--run.tensorboard"], "TensorBoard is not installed"),
+    ],
+)
+def test_cheap_checks_come_before_the_preparation(options, message, text, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    words = [*TINY, f"--run={tmp_path / 'run'}", "--run.device=cpu", *text, *options]
+    with pytest.raises(UserError, match=message):
+        pretrain(load_config(words))
+    assert not (tmp_path / "run" / "tokenizer.model").exists()
+
+
+def test_held_out_text_that_is_too_short_is_found_before_the_first_step(text, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text("a few words\n")
+    folder = tmp_path / "run"
+    done = train(folder, "--steps", "2", text[0], f"--data.valid={short}", code=2)
+    assert "data/valid: the corpus has" in refused(done)
+    assert not (folder / "metrics.jsonl").exists()
+    train(folder, "--steps", "2", *text)  # what was made of the short text is not in the way
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory) -> dict[str, Path]:
+    """Three corpora of one tokenizer; `other` differs from `train` by its last document."""
+    folder, documents = tmp_path_factory.mktemp("corpora"), ["one little girl and her dog"] * 200
+    texts = {"train": documents, "valid": documents, "other": [*documents[1:], "one other dog"]}
+    return {
+        name: make_corpus(folder / name, one, small_tokenizer()).folder
+        for name, one in texts.items()
+    }
+
+
+def test_a_step_whose_evaluation_fails_is_saved(corpora, tmp_path):
+    shutil.copytree(corpora["valid"], tmp_path / "valid")
+    shard = tmp_path / "valid" / "shard-00000.bin"
+    shard.write_bytes(b"\xff" * shard.stat().st_size)  # ids out of range
+    data = [f"--data.train={corpora['train']}", f"--data.valid={tmp_path / 'valid'}"]
+    done = train(tmp_path / "run", "--steps", "3", "--run.eval_interval=2", *data, code=2)
+    assert "shard-00000.bin: damaged" in refused(done)
+    assert checkpoint_steps(tmp_path / "run" / "checkpoints") == [2]
+
+
+def test_another_corpus_on_resume_is_refused(corpora, tmp_path):
+    """In the place of the one that the run began with: no configuration tells it."""
+    here, run = tmp_path / "corpus", tmp_path / "run"
+    data = [f"--data.train={here}", f"--data.valid={corpora['valid']}"]
+    shutil.copytree(corpora["train"], here)
+    train(run, "--steps", "2", *data)
+    shutil.rmtree(here)
+    shutil.copytree(corpora["other"], here)
+    done = train(run, "--steps", "3", *data, code=2)
+    assert "another data.train than the corpus" in refused(done)
+
+
+def test_fewer_steps_than_were_taken(finished, text):
+    before = bits(finished)
+    done = train(finished, "--steps", "19", *text, code=2)
+    assert "a run of 20 steps, expected no more than run.steps = 19" in refused(done)
+    assert before["metrics"] == bits(finished)["metrics"]
+
+
+def test_the_command_to_go_on_for_longer_works(text, tmp_path):
+    """It is told at the end of a run whose options are not the default ones."""
+    done = train(tmp_path / "a run", "--steps", "2", *text)
+    (line,) = [line for line in done.stdout.splitlines() if "go on for longer" in line]
+    program, *words = shlex.split(line, comments=True)
+    assert program == "python"
+    again = subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, env=ENVIRONMENT, timeout=300
+    )
+    assert again.returncode == 0, again.stderr
+    assert "resuming after step 2" in again.stdout and "4/4" in again.stdout
