@@ -10,9 +10,9 @@ PACKAGE = Path(metro_ext.__file__).parent
 # One direction: a module may import modules of earlier rows (and of its own row, where listed).
 LAYERS = [
     {"errors", "atomic", "sample_text", "recipes"},
-    {"command_line", "ops", "config_schema", "text_files", "monitor"},
+    {"command_line", "ops", "config_schema", "text_files", "monitor", "checkpoint_parts"},
     {"tokenizer", "presets", "checkpoint", "info", "distributed", "hardware", "cuda_graph"},
-    {"corpus_format", "config", "model", "plot", "tokenizer_json"},
+    {"corpus_format", "config", "model", "plot", "tokenizer_json", "saver"},
     {"corpus_build"},
     {"corpus"},
     {"batches", "prepare"},
