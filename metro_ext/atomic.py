@@ -47,13 +47,18 @@ def temporary_sibling(path: Path) -> Path:
     return path.parent / f".{path.name}.{secrets.token_hex(4)}.partial"
 
 
-def fsync_folder(folder: str | os.PathLike) -> None:
-    """Make the names in a folder durable: a rename alone can be lost with the power."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def fsync_file(path: str | os.PathLike) -> None:
+    """Make a file's content durable: it returns when the disk holds it."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def fsync_folder(folder: str | os.PathLike) -> None:
+    """Make the names in a folder durable: a rename alone can be lost with the power."""
+    fsync_file(folder)
 
 
 def sha256_file(path: str | os.PathLike) -> str:

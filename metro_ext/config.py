@@ -96,12 +96,11 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def from_dict(plain: Mapping[str, Any]) -> Config:
-    """The inverse of `to_dict`; a missing or an unknown key is a UserError."""
-    values = _flat_table(plain)
-    for key in ("preset", *FIELDS):
-        if key not in values:
-            raise UserError(f"expected every key of a configuration, but '{key}' is missing")
-    return _build(values)
+    """The inverse of `to_dict`; an unknown key is a UserError.
+
+    A key that is missing has its default: the checkpoint is older than the key.
+    """
+    return _build({**_flatten(Config()), **_flat_table(plain)})
 
 
 def to_toml(config: Config) -> str:

@@ -180,6 +180,9 @@ class RunConfig(_Section):
         500, "steps between checkpoints; 0 saves at the end", minimum=0
     )
     keep_checkpoints: int = _option(2, "newest checkpoints that are kept", minimum=1)
+    async_save: bool = _option(
+        True, "write checkpoints while training goes on, from a copy in host memory"
+    )
     device: str = _option("auto", "where to train", choices=("auto", "cpu", "cuda"))
     compile: bool = _option(False, "run the model through torch.compile")
     graph: str = _option(

@@ -5,9 +5,13 @@ and MASTER_PORT in their environment. Without these a run is one process and not
 anything.
 """
 
+import dataclasses
 import os
+import re
+import secrets
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,7 +27,8 @@ from metro_ext.errors import UserError
 T = TypeVar("T")
 
 _GRACE_SECONDS = 5  # for torch's own timeout to speak first
-_MESSAGE_BYTES = 2000  # of an error that is passed between ranks; longer ones are cut
+_MESSAGE_BYTES = 2000  # of a text that is passed between ranks; longer ones are cut
+_POLL_SECONDS = 0.02
 
 
 class AgreedError(UserError):
@@ -37,12 +42,14 @@ class World:
     rank, size: of this process, and how many there are.
     local_rank: among the processes of this machine; the number of its GPU.
     distributed: whether a process group exists (also true for one process under torchrun).
+    group: the connections that its collectives use; None: those of the training itself.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     distributed: bool = False
+    group: dist.ProcessGroup | None = None
 
     @property
     def is_first(self) -> bool:
@@ -51,8 +58,29 @@ class World:
     def sum(self, values: Tensor) -> Tensor:
         """The sum over all ranks of a tensor, in place and on its device: one collective."""
         if self.distributed:
-            dist.all_reduce(values)
+            dist.all_reduce(values, group=self.group)
         return values
+
+    def beside(self, timeout: int) -> "World":
+        """The same processes over connections of their own (gloo), for another thread.
+
+        A collective. timeout: seconds after which its collectives give up.
+        """
+        if not self.distributed:
+            return self
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+        return dataclasses.replace(self, group=group)
+
+    def gather(self, text: str) -> list[str]:
+        """The text of every rank, by rank; one of more than 2000 bytes is cut."""
+        if not self.distributed:
+            return [text]
+        own = torch.zeros(_MESSAGE_BYTES, dtype=torch.uint8)
+        content = text.encode()[:_MESSAGE_BYTES]
+        own[: len(content)] = torch.tensor(list(content), dtype=torch.uint8)
+        everyone = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(everyone, own, group=self.group)
+        return [bytes(one.tolist()).rstrip(b"\0").decode(errors="replace") for one in everyone]
 
     def together(self, action: Callable[[], T]) -> T:
         """Runs `action` on every rank; a user's mistake on any rank is raised on all of them.
@@ -79,14 +107,8 @@ class World:
         return first if self.is_first else rest
 
     def _agree(self, message: str) -> None:
-        own = torch.zeros(_MESSAGE_BYTES, dtype=torch.uint8)
-        content = message.encode()[:_MESSAGE_BYTES]
-        own[: len(content)] = torch.tensor(list(content), dtype=torch.uint8)
-        everyone = [torch.empty_like(own) for _ in range(self.size)]
-        dist.all_gather(everyone, own)
-        for rank, one in enumerate(everyone):
-            if one[0] != 0:
-                text = bytes(one.tolist()).rstrip(b"\0").decode(errors="replace")
+        for rank, text in enumerate(self.gather(message)):
+            if text:
                 raise AgreedError(text if rank == 0 else f"rank {rank}: {text}")
 
 
@@ -139,10 +161,15 @@ def connect(backend: str, timeout: int) -> World:
     watchdog = threading.Timer(timeout + _GRACE_SECONDS, _give_up, [numbers["RANK"], timeout])
     watchdog.daemon = True
     watchdog.start()
+    limit = timedelta(seconds=timeout)
     try:
+        store, rank, size = next(dist.rendezvous("env://", timeout=limit))
+        store = dist.PrefixStore("metro_ext", store)
+        store = dist.PrefixStore(_start_name(store, rank, size, timeout), store)
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if with_nccl else "gloo", timeout=timedelta(seconds=timeout)
-        )
+            "cpu:gloo,cuda:nccl" if with_nccl else "gloo",
+            store=store, rank=rank, world_size=size, timeout=limit,
+        )  # fmt: skip
     except (RuntimeError, ValueError) as error:
         address = f"{os.environ.get('MASTER_ADDR', '')}:{numbers['MASTER_PORT']}"
         reason = str(error).strip().splitlines()[0]
@@ -153,6 +180,48 @@ def connect(backend: str, timeout: int) -> World:
     finally:
         watchdog.cancel()
     return World(numbers["RANK"], numbers["WORLD_SIZE"], numbers["LOCAL_RANK"], True)
+
+
+def _start_name(store: dist.Store, rank: int, size: int, timeout: int) -> str:
+    """A name for this start of the processes that all of them know and no earlier start had.
+
+    The store is that of torchrun's agent and outlives the processes, which torch (2.10 to 2.13)
+    assumes it does not: started again, a rank would find there the address of one that died, call
+    it and be refused. TORCHELASTIC_RESTART_COUNT is no name: each machine counts for itself.
+    So rank 0 draws one, and another rank trusts the name that it finds once rank 0 has answered,
+    under that very name, with the number that the rank drew.
+
+    Raises:
+        RuntimeError: a rank did not come in time.
+    """
+    number, deadline = secrets.token_hex(8), time.monotonic() + timeout
+    if rank == 0:
+        store.set("start", number)
+        for other in range(1, size):
+            try:
+                theirs = store.get(f"{number}/called by {other}").decode()
+            except RuntimeError:
+                raise RuntimeError(f"rank {other} did not come within {timeout} s") from None
+            store.set(f"{number}/answered {theirs}", "")
+        return number
+    while time.monotonic() < deadline:
+        name = store.get("start").decode()
+        store.set(f"{name}/called by {rank}", number)
+        if store.check([f"{name}/answered {number}"]):
+            return name
+        time.sleep(_POLL_SECONDS)
+    raise RuntimeError(f"rank 0 did not answer within {timeout} s")
+
+
+def lost_connection(error: BaseException) -> str:
+    """What happened to the other processes, where an exception is about that; else empty."""
+    line = (str(error).strip().splitlines() or [""])[0]
+    if not isinstance(error, dist.DistError) and not (
+        isinstance(error, RuntimeError) and "/gloo/" in line
+    ):
+        return ""
+    # gloo: "[file:line] what happened [address]. This is typically caused by ..."
+    return re.sub(r"^.*?\[/\S*\] ", "", line).split(". This is")[0]
 
 
 def _give_up(rank: int, timeout: int) -> None:

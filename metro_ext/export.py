@@ -9,13 +9,12 @@ adds mean pooling for sentence-transformers, ``--onnx`` the same network for ONN
 
 import argparse
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from metro_ext import mpnet
 from metro_ext.atomic import atomic_write
-from metro_ext.checkpoint import CHECKPOINTS, latest_valid
+from metro_ext.checkpoint import CHECKPOINTS, load_checkpoint, save_checkpoint
 from metro_ext.command_line import run
 from metro_ext.errors import UserError
 from metro_ext.onnx_export import write_onnx
@@ -47,12 +46,12 @@ def export_masked_lm(pretrained: Pretrained, out: Path, classes: str = "mpnet") 
 
 
 def copy_training_state(run_folder: Path, out: Path) -> None:
-    """The run's newest whole checkpoint, byte for byte, into a folder beside the weights."""
-    step = latest_valid(run_folder / CHECKPOINTS).step
-    if step is None:
-        raise UserError(f"{run_folder / CHECKPOINTS}: expected a whole checkpoint, found none")
-    target = out / TRAINING_STATE / f"step-{step:08d}"
-    shutil.copytree(run_folder / CHECKPOINTS / target.name, target, dirs_exist_ok=True)
+    """The run's newest whole checkpoint into a folder beside the weights.
+
+    Its tensors are in one safetensors file, whatever number of ranks wrote the run's.
+    """
+    found = load_checkpoint(run_folder / CHECKPOINTS)
+    save_checkpoint(out / TRAINING_STATE, found.step, found.tensors, found.state)
 
 
 def write_model_card(pretrained: Pretrained, out: Path, network: str) -> None:

@@ -63,16 +63,15 @@ class Local:
         """
         return torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
 
-    def whole(self, name: str, part: Tensor) -> Tensor:
-        """The whole tensor of which `part` belongs to this rank's part of parameter `name`.
+    def spread(self, name: str, part: Tensor) -> Tensor:
+        """`part`, on the CPU, as what it is of the whole tensor: a DTensor where ranks share it.
 
-        A collective: every rank must call it.
+        It shares the memory of `part`.
+
+        Args:
+            name: of the parameter that this is, or that this state of the optimizer belongs to.
         """
         return part
-
-    def part(self, name: str, whole: Tensor) -> Tensor:
-        """The inverse of `whole`."""
-        return whole
 
 
 class _Step(nn.Module):
@@ -138,6 +137,8 @@ class Sharded(Local):
         super().__init__(model, objective)
         self._keep_gathered = keep_gathered
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        # Checkpoints are written from host memory.
+        self._cpu_mesh = mesh if device.type == "cpu" else init_device_mesh("cpu", mesh.shape)
         self._root = _Step(model, objective)
         shard = functools.partial(fully_shard, mesh=mesh, reshard_after_forward=not keep_gathered)
         for encoder in (model.auxiliary, model.main):
@@ -155,7 +156,7 @@ class Sharded(Local):
         self._parts = {name: value.to_local().detach() for name, value in self._parameters.items()}
         for name, value in self._parts.items():
             start = start_value(model.config, name, self._parameters[name].shape, seed)
-            value.copy_(self.part(name, start))
+            value.copy_(self._part(name, start))
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         return iter(self._parts.items())
@@ -179,24 +180,23 @@ class Sharded(Local):
             value.grad = None
         return norm
 
-    def whole(self, name: str, part: Tensor) -> Tensor:
+    def spread(self, name: str, part: Tensor) -> Tensor:
         from torch.distributed.tensor import DTensor
 
-        if part.dim() == 0:  # a count of steps: the same on every rank
+        # A count of steps is the same on every rank; of one rank, any part is the whole.
+        if part.dim() == 0 or self._cpu_mesh.size() == 1:
             return part
         like = self._parameters[name]
         return DTensor.from_local(
-            part, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
-        ).full_tensor()
+            part, self._cpu_mesh, like.placements, shape=like.shape, stride=like.stride()
+        )
 
-    def part(self, name: str, whole: Tensor) -> Tensor:
+    def _part(self, name: str, whole: Tensor) -> Tensor:
+        """This rank's part of a tensor that it has whole: nothing is sent."""
         from torch.distributed.tensor import distribute_tensor
 
-        if whole.dim() == 0:
-            return whole
         like = self._parameters[name]
         whole = whole.to(self._parts[name].device)
-        # Every rank has the whole: nothing is sent.
         return distribute_tensor(
             whole, like.device_mesh, like.placements, src_data_rank=None
         ).to_local()

@@ -8,6 +8,8 @@ micro-batches of a step (``run.accumulation``) among N processes; the update sta
 
 import argparse
 import contextlib
+import hashlib
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +20,14 @@ from metro_ext.atomic import atomic_write
 from metro_ext.command_line import USER_ERROR, run
 from metro_ext.config import help_text, load_config, to_toml
 from metro_ext.config_schema import Config, ParallelConfig
-from metro_ext.distributed import AgreedError, World, connect, disconnect, launched_rank
+from metro_ext.distributed import (
+    AgreedError,
+    World,
+    connect,
+    disconnect,
+    launched_rank,
+    lost_connection,
+)
 from metro_ext.errors import UserError
 from metro_ext.hardware import keep_freed_memory, peak_flops
 from metro_ext.monitor import Monitor, Silent
@@ -28,6 +37,8 @@ from metro_ext.presets import flops_per_token, parameter_count
 from metro_ext.trainer import Trainer, choose_machine
 
 CONFIG_FILE = "config.toml"
+CONNECTION_LOST = 1
+TERMINATED = 128 + signal.SIGTERM  # the shell's convention
 
 
 def pretrain(
@@ -51,7 +62,7 @@ def pretrain(
         resumed = world.together(trainer.resume)
         monitor = world.together(lambda: _records(trainer) if world.is_first else Silent())
         _introduce(trainer, resumed, say)
-        with monitor:
+        with monitor, trainer.saver:
             trainer.train(monitor)
         figures = trainer.evaluate()
         if world.is_first:
@@ -146,6 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if known.print_config:
         print(to_toml(configure()), end="")
         return 0
+    signal.signal(signal.SIGTERM, _terminate)
     return _on_every_rank(configure)
 
 
@@ -159,6 +171,21 @@ def _meet(parallel: ParallelConfig) -> World:
         raise AgreedError(str(error)) from None
 
 
+def _check_same_options(world: World, config: Config) -> None:
+    """Raises AgreedError unless every rank has rank 0's configuration."""
+    everyone = world.gather(hashlib.sha256(to_toml(config).encode()).hexdigest())
+    for rank, one in enumerate(everyone):
+        if one != everyone[0]:
+            raise AgreedError(
+                f"rank {rank} was started with other options than rank 0; give all the same"
+            )
+
+
+def _terminate(*_: object) -> None:
+    """On SIGTERM: leave in good order, so that the checkpoint in flight is finished."""
+    sys.exit(TERMINATED)
+
+
 def _on_every_rank(configure: Callable[[], Config]) -> int:
     """Joins the other processes and trains; the exit code. Rank 0 alone tells of shared errors."""
     try:
@@ -167,12 +194,22 @@ def _on_every_rank(configure: Callable[[], Config]) -> int:
             parallel = configure().parallel
         world = _meet(parallel)
         config = world.together(configure)
+        _check_same_options(world, config)
         keep_freed_memory()
         pretrain(config, world=world)
     except AgreedError as error:
         if launched_rank() == 0:
             print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
+    except RuntimeError as error:
+        if not (reason := lost_connection(error)):
+            raise
+        print(
+            f"rank {launched_rank()}: lost another process ({reason}); started again, the run goes "
+            "on from its last checkpoint (torchrun --max-restarts N does it by itself)",
+            file=sys.stderr,
+        )
+        return CONNECTION_LOST
     finally:
         disconnect()
     return 0

@@ -31,13 +31,14 @@ from metro_ext.objective import Objective, mask_count
 from metro_ext.optim import AdamW, learning_rate
 from metro_ext.parallel import check_mode, engine
 from metro_ext.prepare import Prepared, unigram_nats
+from metro_ext.saver import Saver
 from metro_ext.train_step import StepInputs, Tally, TrainStep
 
 # Keys that change what a run reports, how long it is or who computes it, not what a step computes.
 RESUMABLE_KEYS = {
     "run.dir", "run.steps", "run.log_interval", "run.eval_interval", "run.eval_batches",
     "run.checkpoint_interval", "run.keep_checkpoints", "run.tensorboard", "run.recompute",
-    "run.graph", "parallel.mode", "parallel.backend", "parallel.timeout",
+    "run.graph", "run.async_save", "parallel.mode", "parallel.backend", "parallel.timeout",
 }  # fmt: skip
 
 
@@ -99,6 +100,13 @@ class Trainer:
             prepared.valid, run_config.tokens_per_batch, model_config.sequence_length
         )
         self.unigram_nats = unigram_nats(prepared.train)
+        self.saver = Saver(
+            self.folder / CHECKPOINTS,
+            world,
+            run_config.keep_checkpoints,
+            run_config.async_save,
+            self.config.parallel.timeout,
+        )
         self.step = 0
         self.tokens = 0
         # Of the interval that the next line reports; part of a checkpoint, so that a resumed run
@@ -217,12 +225,19 @@ class Trainer:
         return evaluate(self.model, self.engine.run, batches, self.device, self.unigram_nats)
 
     def save(self) -> None:
-        """A checkpoint of the current step, written by rank 0; older ones than the last k go."""
-        tensors = {}
-        for key, name, part in self._parts():
-            whole = self.engine.whole(name, part)
-            if self.world.is_first:  # the others only take part in gathering
-                tensors[key] = whole.cpu() if self.world.distributed else whole
+        """A checkpoint of the current step, of every rank's part; the oldest goes.
+
+        With run.async_save it is written while training goes on, and what went wrong is raised at
+        the next save or at the end.
+
+        Raises:
+            UserError: it, or the one before, could not be written.
+        """
+        self.saver.wait()
+        tensors = {
+            key: self.engine.spread(name, self.saver.stage(key, part))
+            for key, name, part in self._parts()
+        }
         loss, tensors["interval.metrics"] = self._interval()
         state = {
             "config": to_dict(self.config),
@@ -232,7 +247,7 @@ class Trainer:
             "tokenizer_sha256": self.prepared.tokenizer.sha256,
             "corpora": {name: corpus.sha256 for name, corpus in self._corpora()},
         }
-        self.world.together(lambda: self._write(tensors, state) if self.world.is_first else None)
+        self.saver.write(self.step, tensors, state)
 
     def _parts(self) -> list[tuple[str, str, Tensor]]:
         """(key in a checkpoint, parameter, this rank's part) of all that training changes."""
@@ -242,39 +257,37 @@ class Trainer:
             found.append((f"optimizer.{key}", key.split(".", 1)[1], value))
         return found
 
-    def _write(self, tensors: dict[str, Tensor], state: dict) -> None:
-        folder = self.folder / CHECKPOINTS
-        checkpoint.save_checkpoint(folder, self.step, tensors, state)
-        checkpoint.prune(folder, self.config.run.keep_checkpoints)
-
     def resume(self) -> bool:
-        """Loads the newest whole checkpoint, if there is any; every rank reads it.
+        """Loads the newest whole checkpoint, if there is any, of any number of ranks.
 
         Raises:
             UserError: it belongs to another configuration or other text, it is past the last step
                 of the run, or none is whole.
         """
-        folder = self.folder / CHECKPOINTS
-        if self.world.is_first:
-            checkpoint.clean_leftovers(folder)
-        if not checkpoint.checkpoint_steps(folder):
-            return False
-        found = checkpoint.load_checkpoint(folder)
-        for sentence in found.damaged if self.world.is_first else ():
+        step, damaged = self.saver.newest()
+        for sentence in damaged if self.world.is_first else ():
             print(f"warning: damaged checkpoint passed over: {sentence}", file=sys.stderr)
-        self._check_same_run(found.state)
-        if found.step > self.config.run.steps:
+        if step is None:
+            return False
+        state = checkpoint.read_state(self.saver.folder, step)
+        self._check_same_run(state)
+        if step > self.config.run.steps:
             raise UserError(
-                f"{self.folder} holds a run of {found.step} steps, expected no more than "
-                f"run.steps = {self.config.run.steps}; give --steps {found.step} or more"
+                f"{self.folder} holds a run of {step} steps, expected no more than "
+                f"run.steps = {self.config.run.steps}; give --steps {step} or more"
             )
-        with torch.no_grad():
-            for key, name, part in self._parts():
-                part.copy_(self.engine.part(name, found.tensors[key]))
-        self.tally.sums[1:].copy_(found.tensors["interval.metrics"])
-        self.tally.sums[0] = found.state["interval_loss"]
-        self.interval_steps = found.state["interval_steps"]
-        self.step, self.tokens = found.step, found.state["tokens"]
+        metrics = torch.empty_like(self.tally.sums[1:], device="cpu")
+        parts = [
+            (key, name, part, self.saver.stage(key, part)) for key, name, part in self._parts()
+        ]
+        tensors = {key: self.engine.spread(name, copy) for key, name, _, copy in parts}
+        self.saver.read(step, {**tensors, "interval.metrics": metrics})
+        for _, _, part, copy in parts:
+            part.copy_(copy)
+        self.tally.sums[1:].copy_(metrics)
+        self.tally.sums[0] = state["interval_loss"]
+        self.interval_steps = state["interval_steps"]
+        self.step, self.tokens = step, state["tokens"]
         return True
 
     def _check_same_run(self, state: dict) -> None:

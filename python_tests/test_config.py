@@ -195,10 +195,13 @@ def test_from_dict_is_strict():
     plain["model"]["depth"] = 3
     with pytest.raises(UserError, match=r"unknown key 'model\.depth'"):
         from_dict(plain)
-    plain = to_dict(Config())
-    del plain["optim"]["eps"]
-    with pytest.raises(UserError, match=r"'optim\.eps' is missing"):
-        from_dict(plain)
+
+
+def test_a_key_younger_than_the_checkpoint_has_its_default():
+    unlike = Config(optim=OptimConfig(lr=0.5, eps=1e-3))
+    plain = to_dict(unlike)
+    del plain["optim"]["eps"], plain["parallel"]
+    assert from_dict(plain) == Config(optim=OptimConfig(lr=0.5))
 
 
 def test_direct_construction_is_checked_and_frozen():

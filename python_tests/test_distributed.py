@@ -1,15 +1,25 @@
 """Several gloo processes against one: same losses, resumed, wrongly started."""
 
 import json
+import os
+import random
 import socket
 import subprocess
+import sys
+import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from training_runs import ENVIRONMENT, command, train
+import torch.distributed as dist
+from safetensors.torch import load_file
+from training_runs import ENVIRONMENT, TINY, command, train
 
+import metro_ext
 from metro_ext.checkpoint import checkpoint_steps, load_checkpoint
+from metro_ext.distributed import _start_name, lost_connection
+from metro_ext.export import main as export
 
 SHARED = ["--run.accumulation=4", "--run.log_interval=1", "--parallel.timeout=60"]
 
@@ -20,26 +30,31 @@ def free_port() -> int:
         return one.getsockname()[1]
 
 
-def launch(ranks: int, folder: Path, *options: str, port: int | None = None) -> list:
-    """Starts the ranks as a launcher would; (exit code, stdout, stderr) of each."""
-    group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
+def launch_ranks(commands: list[list[str]], port: int | None = None, size: int = 0) -> list:
+    """Starts a command a rank as a launcher would; (exit code, stdout, stderr) of each."""
+    group = {"WORLD_SIZE": str(size or len(commands)), "MASTER_ADDR": "127.0.0.1",
              "MASTER_PORT": str(port or free_port())}  # fmt: skip
     processes = [
         subprocess.Popen(
-            command(folder, *options), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env={**ENVIRONMENT, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
-        for rank in range(ranks)
+        for rank, words in enumerate(commands)
     ]  # fmt: skip
     done = []
     try:
         for process in processes:
-            out, err = process.communicate(timeout=240)
+            out, err = process.communicate(timeout=600)
             done.append((process.returncode, out, err))
     finally:
         for process in processes:
             process.kill()
     return done
+
+
+def launch(ranks: int, folder: Path, *options: str, port: int | None = None) -> list:
+    """Starts the same run on each rank."""
+    return launch_ranks([command(folder, *options)] * ranks, port)
 
 
 def train_on(ranks: int, folder: Path, *options: str) -> None:
@@ -68,16 +83,75 @@ def alone(text, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def unbroken(text, tmp_path_factory):
+    """The folder of a run of 50 steps on ranks under an engine, made when first asked for."""
+    folders: dict[tuple[int, str], Path] = {}
+
+    def run_on(ranks: int, mode: str) -> Path:
+        if (ranks, mode) not in folders:
+            folder = tmp_path_factory.mktemp(f"{mode}-{ranks}") / "run"
+            train_on(ranks, folder, "--steps", "50", "--parallel", mode, *SHARED, *text)
+            folders[ranks, mode] = folder
+        return folders[ranks, mode]
+
+    return run_on
+
+
 @pytest.mark.parametrize(
     ("ranks", "mode"),
     [(2, "ddp"), (4, "zero1")],  # fsdp2: see the resume below
 )
-def test_any_number_of_ranks_gives_the_losses_of_one(ranks, mode, alone, text, tmp_path):
-    train_on(ranks, tmp_path / "run", "--steps", "50", "--parallel", mode, *SHARED, *text)
-    assert_same_course(alone, tmp_path / "run")
+def test_any_number_of_ranks_gives_the_losses_of_one(ranks, mode, alone, unbroken):
+    folder = unbroken(ranks, mode)
+    assert_same_course(alone, folder)
     # Counts tell of the very masks: one more or less masked or replaced token would show.
     for key in ("mlm_accuracy", "rtd_majority", "replaced_share"):
-        assert [r[key] for r in records(alone)] == [r[key] for r in records(tmp_path / "run")]
+        assert [r[key] for r in records(alone)] == [r[key] for r in records(folder)]
+
+
+# A rank that kills itself at its first start, some time after a step of the run.
+MORTAL = """
+import os, pathlib, signal, sys, threading, time
+sys.path.insert(0, os.getcwd())
+from metro_ext.command_line import run
+from metro_ext.train import main
+records, victim, step, delay = pathlib.Path(sys.argv[1]), *sys.argv[2:5]
+del sys.argv[1:5]
+
+def die():
+    while not records.exists() or records.read_bytes().count(b"\\n") < int(step):
+        time.sleep(0.002)
+    time.sleep(float(delay))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if os.environ["RANK"] == victim and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    threading.Thread(target=die, daemon=True).start()
+run(main)
+"""
+
+
+@pytest.mark.parametrize("seed", range(int(os.environ.get("METRO_KILLS", "1"))))
+def test_a_killed_rank_is_started_again_and_nothing_is_lost(seed, unbroken, text, tmp_path):
+    """SIGKILL at a random moment under torchrun; METRO_KILLS=5 does it five times."""
+    chance, mode = random.Random(seed), ("ddp", "fsdp2")[seed % 2]
+    (tmp_path / "rank.py").write_text(MORTAL)
+    folder = tmp_path / "run"
+    death = [chance.randrange(2), chance.randrange(5, 45), chance.uniform(0, 0.05)]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+         "--max-restarts=1", tmp_path / "rank.py", folder / "metrics.jsonl", *map(str, death),
+         "--run.dir", folder, *TINY, "--steps=50", "--parallel", mode, *SHARED, *text],
+        capture_output=True, text=True, env=ENVIRONMENT, timeout=600,
+    )  # fmt: skip
+    where = f"rank, step, delay {death}\n{done.stdout}{done.stderr}"
+    assert done.returncode == 0, where
+    assert done.stdout.count("resuming after step") == 1, where
+    reference = unbroken(2, mode)
+    left, right = (load_checkpoint(run / "checkpoints").tensors for run in (reference, folder))
+    assert left.keys() == right.keys()
+    assert all(value.equal(right[name]) for name, value in left.items()), where
+    assert records(reference) == records(folder), where
 
 
 def test_saved_on_four_ranks_resumed_on_two(alone, text, tmp_path):
@@ -101,6 +175,21 @@ def test_saved_on_four_ranks_resumed_on_two(alone, text, tmp_path):
         assert value.shape == right[name].shape, name
 
 
+def test_a_checkpoint_of_several_ranks_loads_and_exports_as_one(unbroken, tmp_path):
+    run, out = unbroken(2, "ddp"), tmp_path / "exported"
+    parts = list((run / "checkpoints" / "step-00000050").glob("*.safetensors"))
+    assert len(parts) == 2
+    whole = load_checkpoint(run / "checkpoints").tensors
+    for name, value in metro_ext.load(run).model.named_parameters():
+        assert value.equal(whole[f"model.{name}"]), name
+    export([str(run), str(out), "--training-state"])
+    (state,) = (out / "training-state").iterdir()
+    assert sorted(path.name for path in state.iterdir()) == ["state.json", "tensors.safetensors"]
+    exported = load_file(state / "tensors.safetensors")
+    assert exported.keys() == whole.keys()
+    assert all(value.equal(exported[name]) for name, value in whole.items())
+
+
 def refused(done: list) -> str:
     """Every rank ends with 2; rank 0 says one sentence and the others nothing."""
     assert [code for code, *_ in done] == [2] * len(done), done
@@ -117,6 +206,58 @@ def test_ranks_that_do_not_divide_the_batch(text, tmp_path):
 
 def test_an_unknown_option_on_two_ranks(text, tmp_path):
     assert "optim.lr" in refused(launch(2, tmp_path / "run", "--optim.learning_rat=1", *text))
+
+
+def test_ranks_with_different_options(text, tmp_path):
+    same = command(tmp_path / "run", "--run.accumulation=2", *text)
+    assert "rank 1 was started with other" in refused(launch_ranks([same, [*same, "--seed=9"]]))
+
+
+def test_a_rank_that_never_comes(text, tmp_path):
+    words = command(tmp_path / "run", "--run.accumulation=2", "--parallel.timeout=3", *text)
+    assert "the 2 processes did not meet" in refused(launch_ranks([words], size=2))
+
+
+def test_the_rank_that_others_wait_for_is_named():
+    store = dist.HashStore()
+    store.set_timeout(timedelta(milliseconds=50))
+    with pytest.raises(RuntimeError, match="rank 1 did not come within 3 s"):
+        _start_name(store, 0, 2, 3)
+    with pytest.raises(RuntimeError, match="rank 0 did not answer within 0 s"):
+        _start_name(store, 1, 2, 0)
+
+
+def test_a_lost_rank_is_told_in_a_sentence():
+    gloo = (
+        "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer "
+        "[127.0.0.1]:5771. This is typically caused by a remote worker crashing."
+    )
+    sentence = "Connection closed by peer [127.0.0.1]:5771"
+    assert lost_connection(RuntimeError(gloo)) == sentence
+    wrapped = f"Got the following error when running the callback: RuntimeError: {gloo}\n\nAt:"
+    assert lost_connection(RuntimeError(wrapped)) == sentence
+    assert lost_connection(dist.DistNetworkError("gone")) == "gone"
+    assert not lost_connection(RuntimeError("a defect")) and not lost_connection(ValueError(gloo))
+
+
+def test_a_new_start_on_an_old_store_takes_no_name_of_the_old():
+    """torchrun's store keeps what the ranks of an earlier start left there."""
+    store, names = dist.HashStore(), set()
+    for start in range(3):
+        order = (1, 0, 2) if start else (0, 1, 2)  # a rank that is early finds the old name
+        found: dict[int, str] = {}
+
+        def rank(number, found=found):
+            found[number] = _start_name(store, number, 3, 60)
+
+        threads = [threading.Thread(target=rank, args=(number,)) for number in order]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert found.keys() == {0, 1, 2} and len(set(found.values())) == 1
+        names |= set(found.values())
+    assert len(names) == 3
 
 
 def test_missing_nccl(text, tmp_path):

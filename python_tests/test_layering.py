@@ -11,11 +11,11 @@ PACKAGE = Path(metro_ext.__file__).parent
 LAYERS = [
     {"errors", "atomic", "sample_text", "recipes"},
     {"command_line", "ops", "config_schema", "zstd_files", "parquet_files", "monitor"},
-    {"text_files"},
+    {"text_files", "checkpoint_parts"},
     {"records"},
     {"tokenizer", "presets", "checkpoint", "info", "distributed", "hardware", "cuda_graph"},
     {"corpus_format", "corpus_plan", "config", "model", "plot", "tokenizer_json", "made_from"},
-    {"word_encoder", "mixture"},
+    {"word_encoder", "mixture", "saver"},
     {"corpus_parts"},
     {"corpus_shards", "corpus_dedup"},
     {"corpus_workers"},

@@ -104,6 +104,28 @@ def test_killed_runs_resume_bit_for_bit(finished, text, tmp_path):
     assert_same_bits(finished, folder)
 
 
+def test_sigterm_finishes_the_checkpoint_in_flight(text, tmp_path):
+    checkpoints = tmp_path / "run" / "checkpoints"
+    process = subprocess.Popen(
+        command(tmp_path / "run", "--steps", "2000", *text, "--run.checkpoint_interval=1"),
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=ENVIRONMENT,
+    )  # fmt: skip
+    while process.poll() is None and not checkpoint_steps(checkpoints):
+        time.sleep(0.002)
+    process.terminate()
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM and not err, err
+    assert all(entry.name.startswith("step-") for entry in checkpoints.iterdir())
+    newest = checkpoint_steps(checkpoints)[0]
+    done = train(tmp_path / "run", "--steps", str(newest + 1), *text)
+    assert f"resuming after step {newest}" in done.stdout
+
+
+def test_saving_beside_the_training_changes_nothing(finished, text, tmp_path):
+    train(tmp_path / "run", "--steps", "20", "--run.async_save=false", *text)
+    assert_same_bits(finished, tmp_path / "run")
+
+
 def test_accumulation_gives_the_step_of_one_large_batch(text, tmp_path):
     """Not the same draws, so not the same bits: the same number of tokens and a falling loss."""
     train(tmp_path / "run", "--steps", "9", "--run.accumulation=2", *text)
