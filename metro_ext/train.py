@@ -53,7 +53,7 @@ def pretrain(
             trainer.train(monitor)
         figures = trainer.evaluate()
         if world.is_first:
-            _conclude(folder, figures, plot_run(folder), say)
+            _conclude(folder, figures, trainer.step, plot_run(folder), say)
     return figures
 
 
@@ -91,6 +91,12 @@ def _introduce(trainer: Trainer, resumed: bool, say) -> None:
         f"{len(train) / 1e6:.2f} M tokens of text, {config.run.steps} steps of "
         f"{config.run.tokens_per_batch * config.run.accumulation} tokens; folder {trainer.folder}"
     )
+    if trainer.outer is not None:
+        sync = config.sync
+        say(
+            f"relaxed synchronisation: an outer step every {sync.interval} steps, after "
+            f"{sync.warmup_steps} that are synchronised"
+        )
     if resumed:
         say(f"resuming after step {trainer.step}")
 
@@ -109,11 +115,16 @@ TABLE = (
 )
 
 
-def _conclude(folder: Path, figures: dict[str, float | None], picture: Path, say) -> None:
+def _conclude(
+    folder: Path, figures: dict[str, float | None], steps: int, picture: Path, say
+) -> None:
     say("\non held-out text")
     for key, label in TABLE:
         if figures.get(key) is not None:
             say(f"  {label:<36} {figures[key]:10.4f}")
+    if "sent_bytes" in figures:
+        sent = figures["sent_bytes"] / 1e6
+        say(f"\na rank has sent {sent:.4g} MB in all, {sent / steps:.4g} MB a step")
     say(
         f"\nplot: {picture}\n\ntry next:\n"
         f'  python -m metro_ext.inspect {folder} "it was a dark and [MASK] night"\n'

@@ -8,13 +8,13 @@ that takes them in turn, up to the rounding of a sum.
 import contextlib
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from metro_ext import checkpoint
+from metro_ext import checkpoint, relaxed
 from metro_ext.batches import BatchSource, evaluation_batches, micro_batch_index, prefetch
 from metro_ext.config import differences, from_dict, to_dict
 from metro_ext.cuda_graph import GraphedStep, wanted
@@ -48,8 +48,8 @@ class Trainer:
         world: this rank among all.
 
     Raises:
-        UserError: a device is missing, the ranks cannot share the micro-batches of a step, or
-            run.graph asks for a graph where there can be none.
+        UserError: a device is missing, the ranks cannot share the micro-batches of a step,
+            run.graph asks for a graph where there can be none, or settings do not go together.
     """
 
     def __init__(self, prepared: Prepared, world: World):
@@ -67,6 +67,9 @@ class Trainer:
                 f"of ranks, found {run_config.accumulation} for {world.size} ranks"
             )
         self.accumulation = run_config.accumulation // world.size  # of this rank
+        is_relaxed = self.config.sync.mode == "relaxed"
+        if is_relaxed:
+            relaxed.check(self.config)
         special = torch.tensor(prepared.tokenizer.special_ids, device=self.device)
         objective = Objective(
             self.config.objective, special, prepared.tokenizer.mask_id, self.dtype
@@ -74,6 +77,12 @@ class Trainer:
         self.engine = engine(self.config, objective, self.device, world)
         self.model = self.engine.model
         self.optimizer = AdamW(self.engine, self.config.optim)
+        self.outer = None
+        if is_relaxed:
+            parameters = dict(self.engine.named_parameters())
+            self.outer = relaxed.OuterOptimizer(
+                parameters, self.config.sync, run_config.steps, world
+            )
         self.source = BatchSource(
             prepared.train,
             run_config.tokens_per_batch,
@@ -87,6 +96,8 @@ class Trainer:
         # writes the same line.
         self.tally = Tally(self.device)
         self.interval_steps = 0
+        # Bytes that a rank has sent in steps: since the beginning, and in the interval.
+        self.sent_bytes = self.interval_sent_bytes = 0
 
     def train(self, monitor: Monitor) -> None:
         """Trains from the current step to the last."""
@@ -101,13 +112,16 @@ class Trainer:
         with contextlib.closing(prefetch(self.source, indices, depth)) as batches:
             upcoming = list(itertools.islice(batches, self.accumulation))
             inputs = StepInputs(upcoming, self.device)
-            inputs.counts.copy_(self.world.sum(self._counts(upcoming)))
+            inputs.counts.copy_(self._counts(upcoming))
+            if self.outer is None or self.outer.exchanged(first + 1):
+                self.world.sum(inputs.counts)
             take_step = self._prepared_step(inputs)
             for step in range(first + 1, config.steps + 1):
                 current, upcoming = upcoming, list(itertools.islice(batches, self.accumulation))
                 rate = learning_rate(step, config.steps, self.config.optim)
                 inputs.fill(step, current, self._counts(upcoming), rate)
-                take_step()
+                with self._counting_bytes():
+                    take_step()
                 self.step = step
                 self.tokens += config.tokens_per_batch * config.accumulation
                 self.interval_steps += 1
@@ -115,9 +129,11 @@ class Trainer:
                 log_due = step % config.log_interval == 0 or last
                 evaluation_due = _due(step, config.eval_interval) or last
                 checkpoint_due = _due(step, config.checkpoint_interval) or last
+                if self.outer is not None:
+                    with self._counting_bytes():
+                        self._come_together(step, log_due)
                 # On the CPU there is nothing to wait for.
-                on_cpu = self.device.type == "cpu"
-                if on_cpu or log_due or evaluation_due or checkpoint_due:
+                elif self.device.type == "cpu" or log_due or evaluation_due or checkpoint_due:
                     self._check_finite()
                 if log_due:
                     self._log(monitor, rate)
@@ -131,8 +147,33 @@ class Trainer:
                         self.save()
 
     def _prepared_step(self, inputs: StepInputs) -> Callable[[], None]:
-        step = TrainStep(self.config, self.engine, self.optimizer, self.world, inputs, self.tally)
+        step = TrainStep(
+            self.config, self.engine, self.optimizer, self.world, inputs, self.tally, self.outer
+        )
         return GraphedStep(step, self.device) if self.graphed else step
+
+    @contextlib.contextmanager
+    def _counting_bytes(self) -> Iterator[None]:
+        before = self.world.traffic.sent
+        yield
+        sent = self.world.traffic.sent - before
+        self.sent_bytes += sent
+        self.interval_sent_bytes += sent
+
+    def _come_together(self, step: int, log_due: bool) -> None:
+        """What relaxed ranks exchange after a step: nothing, an outer step, or their figures.
+
+        The figures of all are then in the first rank's tally.
+        """
+        if not (log_due or self.outer.due(step)):
+            return
+        self._check_finite()
+        if self.outer.due(step):
+            self.outer.step(step)
+        tally = self.tally
+        both = self.world.sum(torch.cat([tally.sums, tally.norm.double()[None]]))
+        tally.sums.copy_(both[:-1] if self.world.is_first else torch.zeros_like(tally.sums))
+        tally.norm.copy_(both[-1] / self.world.size)
 
     def _check_finite(self) -> None:
         """Waits for the steps so far.
@@ -141,7 +182,10 @@ class Trainer:
             AgreedError: the loss or the gradient of one of them was not finite; none has been
                 applied since.
         """
-        step, loss, grad_norm = self.tally.failure.tolist()
+        failures = self.tally.failure[None]
+        if self.outer is not None:  # otherwise all ranks have the same
+            failures = self.world.gather(self.tally.failure)
+        step, loss, grad_norm = min((f for f in failures.tolist() if f[0]), default=(0, 0, 0))
         if step:
             raise AgreedError(
                 f"step {step:.0f}: expected a finite loss and gradient, found loss {loss} and "
@@ -170,9 +214,12 @@ class Trainer:
             "lr": rate,
             "tokens": self.tokens,
         }
+        if self.world.distributed:
+            figures["sent_bytes"] = self.sent_bytes
+            figures["sent_bytes_per_step"] = self.interval_sent_bytes / self.interval_steps
         monitor.log(self.step, figures)
         self.tally.sums.zero_()
-        self.interval_steps = 0
+        self.interval_steps = self.interval_sent_bytes = 0
 
     def _interval(self) -> tuple[float, Tensor]:
         """(loss, metrics float64 [12] on the CPU), summed over the steps of the interval."""
@@ -187,13 +234,14 @@ class Trainer:
             self.config.model.sequence_length,
         )
         limited = itertools.islice(batches, self.config.run.eval_batches)
-        return evaluate(self.model, self.engine.run, limited, self.device, self.unigram_nats)
+        figures = evaluate(self.model, self.engine.run, limited, self.device, self.unigram_nats)
+        return figures | ({"sent_bytes": self.sent_bytes} if self.world.distributed else {})
 
     def save(self) -> None:
         """A checkpoint of the current step, written by rank 0; older ones than the last k go."""
         tensors = {}
         for key, name, part in self._parts():
-            whole = self.engine.whole(name, part)
+            whole = self._whole(key, name, part)
             if self.world.is_first:  # the others only take part in gathering
                 tensors[key] = whole.cpu() if self.world.distributed else whole
         loss, tensors["interval.metrics"] = self._interval()
@@ -202,6 +250,9 @@ class Trainer:
             "tokens": self.tokens,
             "interval_loss": loss,
             "interval_steps": self.interval_steps,
+            "sent_bytes": self.sent_bytes,
+            "interval_sent_bytes": self.interval_sent_bytes,
+            "ranks": self.world.size,
             "tokenizer_sha256": self.prepared.tokenizer.sha256,
         }
         self.world.together(lambda: self._write(tensors, state) if self.world.is_first else None)
@@ -212,7 +263,20 @@ class Trainer:
         found = [(f"model.{name}", name, value.detach()) for name, value in parameters]
         for key, value in self.optimizer.tensors().items():  # exp_avg.main.layers.0...
             found.append((f"optimizer.{key}", key.split(".", 1)[1], value))
+        if self.outer is not None:
+            for name, value in self.outer.tensors().items():
+                found.append((f"outer.{name}", name, value))
         return found
+
+    def _is_own(self, key: str) -> bool:
+        """Whether every rank has a tensor of its own under a key of `_parts`."""
+        return self.outer is not None and key.startswith("optimizer.")
+
+    def _whole(self, key: str, name: str, part: Tensor) -> Tensor:
+        return self.world.gather(part) if self._is_own(key) else self.engine.whole(name, part)
+
+    def _part(self, key: str, name: str, whole: Tensor) -> Tensor:
+        return whole[self.world.rank] if self._is_own(key) else self.engine.part(name, whole)
 
     def _write(self, tensors: dict[str, Tensor], state: dict) -> None:
         folder = self.folder / CHECKPOINTS
@@ -236,10 +300,15 @@ class Trainer:
         self._check_same_run(found.state)
         with torch.no_grad():
             for key, name, part in self._parts():
-                part.copy_(self.engine.part(name, found.tensors[key]))
-        self.tally.sums[1:].copy_(found.tensors["interval.metrics"])
-        self.tally.sums[0] = found.state["interval_loss"]
+                part.copy_(self._part(key, name, found.tensors[key]))
+        if self.outer is not None:
+            self.outer.restart()
+        if self.outer is None or self.world.is_first:
+            self.tally.sums[1:].copy_(found.tensors["interval.metrics"])
+            self.tally.sums[0] = found.state["interval_loss"]
         self.interval_steps = found.state["interval_steps"]
+        self.sent_bytes = found.state.get("sent_bytes", 0)
+        self.interval_sent_bytes = found.state.get("interval_sent_bytes", 0)
         self.step, self.tokens = found.step, found.state["tokens"]
         return True
 
@@ -253,6 +322,11 @@ class Trainer:
             raise UserError(
                 f"{self.folder} holds a run with another configuration ({', '.join(changed)} "
                 "differ); give the same options to resume it, or another --run folder"
+            )
+        if self.outer is not None and state["ranks"] != self.world.size:
+            raise UserError(
+                f"{self.folder} holds a run of {state['ranks']} ranks that train apart "
+                f"(sync.mode=relaxed); resume it on as many, found {self.world.size}"
             )
         if state["tokenizer_sha256"] != self.prepared.tokenizer.sha256:
             raise UserError(f"{self.folder} holds a run with another tokenizer")
