@@ -21,7 +21,9 @@ from metro_ext.config_schema import (
     ObjectiveConfig,
     OptimConfig,
     ParallelConfig,
+    ProductsConfig,
     RunConfig,
+    SyncConfig,
     checked,
 )
 from metro_ext.errors import UserError
@@ -35,7 +37,9 @@ __all__ = [
     "ObjectiveConfig",
     "OptimConfig",
     "ParallelConfig",
+    "ProductsConfig",
     "RunConfig",
+    "SyncConfig",
     "differences",
     "from_dict",
     "help_text",
@@ -52,6 +56,7 @@ SHORTCUTS = {
     "precision": "run.precision",
     "seed": "run.seed",
     "parallel": "parallel.mode",
+    "sync": "sync.mode",
     "preset": "preset",
 }
 

@@ -214,6 +214,54 @@ class ParallelConfig(_Section):
 
 
 @dataclass(frozen=True)
+class SyncConfig(_Section):
+    """How often the processes of a run agree on its weights (`metro_ext.relaxed`)."""
+
+    SECTION = "sync"
+    mode: str = _option(
+        "every-step", "when processes exchange what they learn", choices=("every-step", "relaxed")
+    )
+    interval: int = _option(50, "relaxed: steps between two outer steps", minimum=1)
+    warmup_steps: int = _option(50, "relaxed: first steps, synchronised like every-step", minimum=0)
+    wire: str = _option("fp32", "relaxed: what outer steps send", choices=("fp32", "bf16"))
+    lr: float = _option(0.7, "relaxed: learning rate of the outer steps", above=0.0)
+    momentum: float = _option(
+        0.9, "relaxed: Nesterov momentum of the outer steps", minimum=0.0, below=1.0
+    )
+    final_momentum: float = _option(
+        0.9, "relaxed: to which it moves by the last step", minimum=0.0, below=1.0
+    )
+
+
+@dataclass(frozen=True)
+class ProductsConfig(_Section):
+    """Matrix products of the layers in fewer bits than run.precision (`metro_ext.products`)."""
+
+    SECTION = "products"
+    format: str = _option(
+        "full",
+        "full: run.precision; fp8 (needs torchao); emulated four-bit numerics, for study only",
+        choices=("full", "fp8", "mxfp4-emulated", "nvfp4-emulated"),
+    )
+    skip: int = _option(
+        1, "first and last layers of each encoder that keep run.precision", minimum=0
+    )
+    linears: tuple[str, ...] = _option(
+        ("qkv", "attention_out", "ffn_in", "ffn_out"), "which products of a layer"
+    )
+    recipe: str = _option(
+        "tensorwise",
+        "fp8: torchao's recipe",
+        choices=("tensorwise", "rowwise", "rowwise_with_gw_hp"),
+    )
+    emulate: bool = _option(False, "fp8: torchao's emulation, for a GPU without such products")
+    stochastic_rounding: bool = _option(False, "emulated: round gradients stochastically")
+    hadamard: bool = _option(
+        False, "emulated: random Hadamard transform for the weights' gradients"
+    )
+
+
+@dataclass(frozen=True)
 class Config:
     """All of a run; `preset` records the size that its settings started from."""
 
@@ -224,6 +272,8 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     run: RunConfig = field(default_factory=RunConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    sync: SyncConfig = field(default_factory=SyncConfig)
+    products: ProductsConfig = field(default_factory=ProductsConfig)
 
     def __post_init__(self) -> None:
         if self.run.tokens_per_batch < self.model.sequence_length:
@@ -240,7 +290,16 @@ class Config:
 
 SECTIONS: dict[str, type[_Section]] = {
     cls.SECTION: cls
-    for cls in (ModelConfig, ObjectiveConfig, OptimConfig, DataConfig, RunConfig, ParallelConfig)
+    for cls in (
+        ModelConfig,
+        ObjectiveConfig,
+        OptimConfig,
+        DataConfig,
+        RunConfig,
+        ParallelConfig,
+        SyncConfig,
+        ProductsConfig,
+    )
 }
 FIELDS = {
     f"{section}.{spec.name}": spec

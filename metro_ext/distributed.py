@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TypeVar
 
@@ -35,6 +35,26 @@ class AgreedError(UserError):
     """A UserError that every rank raises alike, so that rank 0 alone need print it."""
 
 
+@dataclass
+class Traffic:
+    """Bytes that a rank sends in collectives, counted as those of a ring.
+
+    On N ranks each sends (N - 1) / N of a buffer that is gathered or reduced to parts, and twice
+    that of one that is all-reduced (Patarasuk & Yuan, "Bandwidth optimal all-reduce algorithms for
+    clusters of workstations", 2009): no algorithm sends less.
+    """
+
+    sent: int = 0
+
+    def all_reduce(self, size: int, ranks: int) -> None:
+        """Counts the sum of a buffer of `size` bytes over `ranks`."""
+        self.sent += 2 * size * (ranks - 1) // ranks
+
+    def part(self, size: int, ranks: int) -> None:
+        """Counts an all-gather into, or a reduce-scatter of, a buffer of `size` bytes."""
+        self.sent += size * (ranks - 1) // ranks
+
+
 @dataclass(frozen=True)
 class World:
     """This process among all of the run.
@@ -43,6 +63,7 @@ class World:
     local_rank: among the processes of this machine; the number of its GPU.
     distributed: whether a process group exists (also true for one process under torchrun).
     group: the connections that its collectives use; None: those of the training itself.
+    traffic: what this rank has sent.
     """
 
     rank: int = 0
@@ -50,6 +71,7 @@ class World:
     local_rank: int = 0
     distributed: bool = False
     group: dist.ProcessGroup | None = None
+    traffic: Traffic = field(default_factory=Traffic, compare=False)
 
     @property
     def is_first(self) -> bool:
@@ -59,6 +81,7 @@ class World:
         """The sum over all ranks of a tensor, in place and on its device: one collective."""
         if self.distributed:
             dist.all_reduce(values, group=self.group)
+            self.traffic.all_reduce(values.nbytes, self.size)
         return values
 
     def beside(self, timeout: int) -> "World":
@@ -81,6 +104,15 @@ class World:
         everyone = [torch.empty_like(own) for _ in range(self.size)]
         dist.all_gather(everyone, own, group=self.group)
         return [bytes(one.tolist()).rstrip(b"\0").decode(errors="replace") for one in everyone]
+
+    def stack(self, values: Tensor) -> Tensor:
+        """The ranks' tensors [...] of one shape as [size, ...], on every rank."""
+        if not self.distributed:
+            return values[None]
+        everyone = [torch.empty_like(values) for _ in range(self.size)]
+        dist.all_gather(everyone, values.contiguous(), group=self.group)
+        self.traffic.part(self.size * values.nbytes, self.size)
+        return torch.stack(everyone)
 
     def together(self, action: Callable[[], T]) -> T:
         """Runs `action` on every rank; a user's mistake on any rank is raised on all of them.

@@ -12,6 +12,7 @@ from the seed it is given: the same (seed, draw) gives the same mask wherever it
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,8 @@ PAD_ID = 1  # fixed by MPNet, as is the first position
 FIRST_POSITION = 2
 # Each layer draws three times (attention, two residual dropouts); the encoders' draws lie apart.
 DRAWS_PER_LAYER = 3
+# Its matrix products; the draws of those in low precision are numbered apart.
+PRODUCTS = ("qkv", "attention_out", "ffn_in", "ffn_out")
 AUXILIARY_DRAWS = 1 << 20
 
 
@@ -89,12 +92,17 @@ class Embeddings(nn.Module):
 
 
 class Layer(nn.Module):
-    """One post-LayerNorm block: attention, then the feed-forward network."""
+    """One post-LayerNorm block: attention, then the feed-forward network.
+
+    products: how to multiply those of `PRODUCTS` that are not in run.precision, set by
+        `metro_ext.products`: from x, weight, seed and draw.
+    """
 
     def __init__(self, config: ModelConfig, dropout: float, draw: int):
         super().__init__()
         hidden, ffn = config.hidden, config.ffn
         self.heads, self.dropout, self.draw = config.heads, dropout, draw
+        self.products: dict[str, Callable[[Tensor, Tensor, Tensor, int], Tensor]] = {}
         self.qkv = nn.Linear(hidden, 3 * hidden)
         self.attention_out = nn.Linear(hidden, hidden)
         self.attention_norm = LayerNorm(hidden, config.layer_norm_eps)
@@ -107,7 +115,7 @@ class Layer(nn.Module):
         p = self.dropout if training else 0.0
         seed = packing.seed if p > 0 else None
         tokens, hidden = x.shape
-        qkv = linear(x, self.qkv.weight, self.qkv.bias)
+        qkv = self._multiply("qkv", x, self.qkv.weight, packing, self.qkv.bias)
         mixed = attention(
             qkv.view(tokens, 3, self.heads, hidden // self.heads),
             packing.cu_seqlens,
@@ -118,22 +126,40 @@ class Layer(nn.Module):
             draw=self.draw,
         ).view(tokens, hidden)
         x = self.attention_norm(
-            linear(mixed, self.attention_out.weight),
+            self._multiply("attention_out", mixed, self.attention_out.weight, packing),
             bias=self.attention_out.bias,
             residual=x,
             seed=seed,
             p=p,
             draw=self.draw + 1,
         )
-        inner = linear(x, self.ffn_in.weight)  # its bias is added by the fused operator
+        # The bias of ffn_in is added by the fused operator.
+        inner = self._multiply("ffn_in", x, self.ffn_in.weight, packing)
         return self.ffn_norm(
-            bias_gelu_linear(inner, self.ffn_in.bias, self.ffn_out.weight),
+            self._ffn_out(inner, packing),
             bias=self.ffn_out.bias,
             residual=x,
             seed=seed,
             p=p,
             draw=self.draw + 2,
         )
+
+    def _multiply(
+        self, name: str, x: Tensor, weight: Tensor, packing: Packing, bias: Tensor | None = None
+    ) -> Tensor:
+        """x·weightᵀ + bias: the layer's product of that name."""
+        product = self.products.get(name)
+        if product is None:
+            return linear(x, weight, bias)
+        draw = len(PRODUCTS) * self.draw + PRODUCTS.index(name)
+        out = product(x, weight, packing.seed, draw)
+        return out if bias is None else out + bias.to(out.dtype)
+
+    def _ffn_out(self, inner: Tensor, packing: Packing) -> Tensor:
+        if "ffn_out" not in self.products:
+            return bias_gelu_linear(inner, self.ffn_in.bias, self.ffn_out.weight)
+        gelu = bias_gelu(inner, self.ffn_in.bias)
+        return self._multiply("ffn_out", gelu, self.ffn_out.weight, packing)
 
 
 class Encoder(nn.Module):

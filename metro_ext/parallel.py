@@ -26,6 +26,7 @@ from metro_ext.distributed import World
 from metro_ext.errors import UserError
 from metro_ext.model import Packing, PretrainingModel, start_value
 from metro_ext.objective import Objective, StepOutput
+from metro_ext.products import lower_products
 
 
 class Local:
@@ -89,7 +90,7 @@ class _Step(nn.Module):
 class Replicated(Local):
     """DistributedDataParallel: all of the model on every rank."""
 
-    def __init__(self, model: PretrainingModel, objective: Objective):
+    def __init__(self, model: PretrainingModel, objective: Objective, world: World):
         super().__init__(model, objective)
         device = next(model.parameters()).device
         self._step = nn.parallel.DistributedDataParallel(
@@ -97,7 +98,7 @@ class Replicated(Local):
             device_ids=[device.index] if device.type == "cuda" else None,
             gradient_as_bucket_view=True,
         )
-        self._step.register_comm_hook(None, _sum_bucket)
+        self._step.register_comm_hook(world, _sum_bucket)
 
     def run(self, model, tokens, packing, denominators=None):
         # DDP prepares for a backward pass whenever gradients are on; evaluation goes past it.
@@ -108,9 +109,10 @@ class Replicated(Local):
         return contextlib.nullcontext() if last else self._step.no_sync()
 
 
-def _sum_bucket(_state, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def _sum_bucket(world: World, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     """DDP's default hook without its division by the number of ranks."""
     work = dist.all_reduce(bucket.buffer(), async_op=True)
+    world.traffic.all_reduce(bucket.buffer().nbytes, world.size)
     return work.get_future().then(lambda future: future.value()[0])
 
 
@@ -226,12 +228,13 @@ def engine(config: Config, objective: Objective, device: torch.device, world: Wo
     check_mode(config, world)
     with torch.device("meta") if sharded else contextlib.nullcontext():
         model = PretrainingModel(config.model, config.objective.name, config.run.seed)
+    lower_products(model, config, device)
     recompute_layers(model, config.run.recompute)
     run = torch.compile(objective, dynamic=False) if config.run.compile else objective
     if sharded:
         return Sharded(model, run, device, config.run.seed, keep_gathered=mode == "zero1")
     model = model.to(device)
-    return Replicated(model, run) if world.distributed else Local(model, run)
+    return Replicated(model, run, world) if world.distributed else Local(model, run)
 
 
 def recompute_layers(model: PretrainingModel, policy: str) -> None:

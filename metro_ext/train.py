@@ -66,7 +66,7 @@ def pretrain(
             trainer.train(monitor)
         figures = trainer.evaluate()
         if world.is_first:
-            _conclude(config, figures, plot_run(folder), say)
+            _conclude(config, figures, trainer.step, plot_run(folder), say)
     return figures
 
 
@@ -105,6 +105,12 @@ def _introduce(trainer: Trainer, resumed: bool, say) -> None:
     if len(train.corpora) > 1:
         for line in train.describe():
             say(f"  {line}")
+    if trainer.outer is not None:
+        sync = config.sync
+        say(
+            f"relaxed synchronisation: an outer step every {sync.interval} steps, after "
+            f"{sync.warmup_steps} that are synchronised"
+        )
     if resumed:
         say(f"resuming after step {trainer.step}")
 
@@ -123,12 +129,17 @@ TABLE = (
 )
 
 
-def _conclude(config: Config, figures: dict[str, float | None], picture: Path, say) -> None:
+def _conclude(
+    config: Config, figures: dict[str, float | None], steps: int, picture: Path, say
+) -> None:
     folder = Path(config.run.dir)
     say("\non held-out text")
     for key, label in TABLE:
         if figures.get(key) is not None:
             say(f"  {label:<36} {figures[key]:10.4f}")
+    if "sent_bytes" in figures:
+        sent = figures["sent_bytes"] / 1e6
+        say(f"\na rank has sent {sent:.4g} MB in all, {sent / steps:.4g} MB a step")
     say(
         f"\nplot: {picture}\n\ntry next:\n"
         f'  python -m metro_ext.inspect {quote(str(folder))} "it was a dark and [MASK] night"\n'

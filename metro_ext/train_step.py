@@ -19,6 +19,7 @@ from metro_ext.model import Packing
 from metro_ext.ops import METRICS
 from metro_ext.optim import AdamW
 from metro_ext.parallel import Local
+from metro_ext.relaxed import OuterOptimizer
 
 PARTS = 3  # what a loss is divided by: the MLM, RTD and CLM terms of a step
 
@@ -32,7 +33,7 @@ class StepInputs:
     upcoming: float64 [3], the terms of the next step in this rank's micro-batches.
     rate: [], the learning rate; float64 on the CPU, where AdamW reads a number, and float32 on
         CUDA, where its kernel reads that.
-    number: float64 [], the step's number, from 1.
+    number: float64 [], the step's number, from 1; `step` is the same for the host.
 
     Args:
         batches: the micro-batches of any step, for their shapes.
@@ -46,6 +47,7 @@ class StepInputs:
         rate = torch.float32 if device.type == "cuda" else torch.float64
         self.rate = torch.zeros((), dtype=rate, device=device)
         self.number = torch.zeros((), dtype=torch.float64, device=device)
+        self.step = 0
 
     def fill(self, number: int, batches: Sequence[Batch], upcoming: Tensor, rate: float) -> None:
         """Copies the inputs of step `number` in; every batch has the shapes of the first one.
@@ -66,6 +68,7 @@ class StepInputs:
         _overwrite(self.upcoming, upcoming)
         self.rate.fill_(rate)
         self.number.fill_(number)
+        self.step = number
 
 
 # On the CPU `pack` gives the batch's own tensors.
@@ -119,6 +122,8 @@ class TrainStep:
         world: this rank among all; sums are taken over it.
         inputs: read, but for `counts`.
         tally: added to.
+        outer: of relaxed synchronisation, where a step whose gradients are not exchanged divides
+            by this rank's own counts, and a tally is this rank's part.
     """
 
     def __init__(
@@ -129,26 +134,45 @@ class TrainStep:
         world: World,
         inputs: StepInputs,
         tally: Tally,
+        outer: OuterOptimizer | None = None,
     ):
         self.engine, self.optimizer, self.world = engine, optimizer, world
-        self.inputs, self.tally = inputs, tally
+        self.inputs, self.tally, self.outer = inputs, tally, outer
         self.max_norm = config.optim.clip_norm or math.inf
         self.has_parts = config.run.accumulation > 1  # then no micro-batch knows a step's counts
 
     def __call__(self) -> None:
-        inputs = self.inputs
+        inputs, exchanged = self.inputs, self._exchanged(self.inputs.step)
         denominators = inputs.counts.float() if self.has_parts else None
         self.optimizer.zero_grad()
         sums = torch.zeros_like(self.tally.sums)
         for micro, (tokens, packing) in enumerate(inputs.batches, 1):
-            with self.engine.accumulating(last=micro == len(inputs.batches)):
+            last = micro == len(inputs.batches)
+            with self.engine.accumulating(last=exchanged and last):
                 out = self.engine.run(self.engine.model, tokens, packing, denominators)
                 out.loss.backward()
             sums[0] += out.loss.detach().double()
             sums[1:] += out.metrics.detach().double()
-        # The next step's counts travel with this one's figures: one small collective a step.
-        sums, counts = self.world.sum(torch.cat([sums, inputs.upcoming])).split([len(sums), PARTS])
-        inputs.counts.copy_(counts)
+        sums = self._share(sums, exchanged)
         norm = self.engine.clip(self.max_norm)
         failed = self.tally.add(inputs.number, sums, norm)
         self.optimizer.step(inputs.rate, failed)
+
+    def _exchanged(self, step: int) -> bool:
+        return self.outer is None or self.outer.exchanged(step)
+
+    def _share(self, sums: Tensor, exchanged: bool) -> Tensor:
+        """The step's figures, over all ranks unless relaxed; fills in the counts of the next."""
+        inputs = self.inputs
+        if self.outer is None:
+            # The next step's counts travel with this one's figures: one small collective a step.
+            both = self.world.sum(torch.cat([sums, inputs.upcoming]))
+            sums, counts = both.split([len(sums), PARTS])
+        else:
+            counts = inputs.upcoming
+            if self._exchanged(inputs.step + 1):
+                counts = self.world.sum(counts.clone())
+            if not exchanged:  # a mean over the ranks, once their tallies are added up
+                sums[0] /= self.world.size
+        inputs.counts.copy_(counts)
+        return sums

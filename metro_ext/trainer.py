@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from metro_ext import checkpoint
+from metro_ext import checkpoint, relaxed
 from metro_ext.batches import EvaluationSource, micro_batch_index, prefetch, training_source
 from metro_ext.checkpoint import CHECKPOINTS
 from metro_ext.config import differences, from_dict, to_dict
@@ -73,7 +73,8 @@ class Trainer:
         world: this rank among all.
 
     Raises:
-        UserError: as `choose_machine` has it, or a corpus is too small for a batch.
+        UserError: as `choose_machine` has it, settings of sync.mode do not go together, or a
+            corpus is too small for a batch.
     """
 
     def __init__(self, prepared: Prepared, world: World):
@@ -83,6 +84,9 @@ class Trainer:
         self.device, self.graphed = choose_machine(self.config, world)
         self.dtype = DTYPES[run_config.precision]
         self.accumulation = run_config.accumulation // world.size  # of this rank
+        is_relaxed = self.config.sync.mode == "relaxed"
+        if is_relaxed:
+            relaxed.check(self.config)
         special = torch.tensor(prepared.tokenizer.special_ids, device=self.device)
         objective = Objective(
             self.config.objective, special, prepared.tokenizer.mask_id, self.dtype
@@ -90,6 +94,12 @@ class Trainer:
         self.engine = engine(self.config, objective, self.device, world)
         self.model = self.engine.model
         self.optimizer = AdamW(self.engine, self.config.optim)
+        self.outer = None
+        if is_relaxed:
+            parameters = dict(self.engine.named_parameters())
+            self.outer = relaxed.OuterOptimizer(
+                parameters, self.config.sync, run_config.steps, world
+            )
         self.source = training_source(
             prepared.train,
             run_config.tokens_per_batch,
@@ -107,12 +117,16 @@ class Trainer:
             run_config.async_save,
             self.config.parallel.timeout,
         )
+        # Where ranks train apart, what each has of its own has a name of its own in a checkpoint.
+        self._own = "" if self.outer is None else f"rank.{world.rank}."
         self.step = 0
         self.tokens = 0
         # Of the interval that the next line reports; part of a checkpoint, so that a resumed run
         # writes the same line.
         self.tally = Tally(self.device)
         self.interval_steps = 0
+        # Bytes that a rank has sent in steps: since the beginning, and in the interval.
+        self.sent_bytes = self.interval_sent_bytes = 0
 
     def train(self, monitor: Monitor) -> None:
         """Trains from the current step to the last."""
@@ -128,7 +142,9 @@ class Trainer:
             with monitor.waiting_for_data():
                 upcoming = list(itertools.islice(batches, self.accumulation))
             inputs = StepInputs(upcoming, self.device)
-            inputs.counts.copy_(self.world.sum(self._counts(upcoming)))
+            inputs.counts.copy_(self._counts(upcoming))
+            if self.outer is None or self.outer.exchanged(first + 1):
+                self.world.sum(inputs.counts)
             take_step = self._prepared_step(inputs)
             for step in range(first + 1, config.steps + 1):
                 current = upcoming
@@ -136,7 +152,8 @@ class Trainer:
                     upcoming = list(itertools.islice(batches, self.accumulation))
                 rate = learning_rate(step, config.steps, self.config.optim)
                 inputs.fill(step, current, self._counts(upcoming), rate)
-                take_step()
+                with self._counting_bytes():
+                    take_step()
                 self.step = step
                 self.tokens += config.tokens_per_batch * config.accumulation
                 self.interval_steps += 1
@@ -144,9 +161,11 @@ class Trainer:
                 log_due = step % config.log_interval == 0 or last
                 evaluation_due = _due(step, config.eval_interval) or last
                 checkpoint_due = _due(step, config.checkpoint_interval) or last
+                if self.outer is not None:
+                    with self._counting_bytes():
+                        self._come_together(step, log_due)
                 # On the CPU there is nothing to wait for.
-                on_cpu = self.device.type == "cpu"
-                if on_cpu or log_due or evaluation_due or checkpoint_due:
+                elif self.device.type == "cpu" or log_due or evaluation_due or checkpoint_due:
                     self._check_finite()
                 if log_due:
                     self._log(monitor, rate)
@@ -170,8 +189,33 @@ class Trainer:
             raise
 
     def _prepared_step(self, inputs: StepInputs) -> Callable[[], None]:
-        step = TrainStep(self.config, self.engine, self.optimizer, self.world, inputs, self.tally)
+        step = TrainStep(
+            self.config, self.engine, self.optimizer, self.world, inputs, self.tally, self.outer
+        )
         return GraphedStep(step, self.device) if self.graphed else step
+
+    @contextlib.contextmanager
+    def _counting_bytes(self) -> Iterator[None]:
+        before = self.world.traffic.sent
+        yield
+        sent = self.world.traffic.sent - before
+        self.sent_bytes += sent
+        self.interval_sent_bytes += sent
+
+    def _come_together(self, step: int, log_due: bool) -> None:
+        """What relaxed ranks exchange after a step: nothing, an outer step, or their figures.
+
+        The figures of all are then in the first rank's tally.
+        """
+        if not (log_due or self.outer.due(step)):
+            return
+        self._check_finite()
+        if self.outer.due(step):
+            self.outer.step(step)
+        tally = self.tally
+        both = self.world.sum(torch.cat([tally.sums, tally.norm.double()[None]]))
+        tally.sums.copy_(both[:-1] if self.world.is_first else torch.zeros_like(tally.sums))
+        tally.norm.copy_(both[-1] / self.world.size)
 
     def _check_finite(self) -> None:
         """Waits for the steps so far.
@@ -180,7 +224,10 @@ class Trainer:
             AgreedError: the loss or the gradient of one of them was not finite; none has been
                 applied since.
         """
-        step, loss, grad_norm = self.tally.failure.tolist()
+        failures = self.tally.failure[None]
+        if self.outer is not None:  # otherwise all ranks have the same
+            failures = self.world.stack(self.tally.failure)
+        step, loss, grad_norm = min((f for f in failures.tolist() if f[0]), default=(0, 0, 0))
         if step:
             raise AgreedError(
                 f"step {step:.0f}: expected a finite loss and gradient, found loss {loss} and "
@@ -209,9 +256,12 @@ class Trainer:
             "lr": rate,
             "tokens": self.tokens,
         }
+        if self.world.distributed:
+            figures["sent_bytes"] = self.sent_bytes
+            figures["sent_bytes_per_step"] = self.interval_sent_bytes / self.interval_steps
         monitor.log(self.step, figures)
         self.tally.sums.zero_()
-        self.interval_steps = 0
+        self.interval_steps = self.interval_sent_bytes = 0
 
     def _interval(self) -> tuple[float, Tensor]:
         """(loss, metrics float64 [12] on the CPU), summed over the steps of the interval."""
@@ -222,7 +272,8 @@ class Trainer:
         """Figures on the held-out corpus; every rank computes them all, so that none can differ."""
         count = min(self.config.run.eval_batches, len(self.held_out))
         batches = map(self.held_out.batch, range(count))
-        return evaluate(self.model, self.engine.run, batches, self.device, self.unigram_nats)
+        figures = evaluate(self.model, self.engine.run, batches, self.device, self.unigram_nats)
+        return figures | ({"sent_bytes": self.sent_bytes} if self.world.distributed else {})
 
     def save(self) -> None:
         """A checkpoint of the current step, of every rank's part; the oldest goes.
@@ -238,12 +289,15 @@ class Trainer:
             key: self.engine.spread(name, self.saver.stage(key, part))
             for key, name, part in self._parts()
         }
-        loss, tensors["interval.metrics"] = self._interval()
+        loss, tensors[f"{self._own}interval.metrics"] = self._interval()
         state = {
             "config": to_dict(self.config),
             "tokens": self.tokens,
             "interval_loss": loss,
             "interval_steps": self.interval_steps,
+            "sent_bytes": self.sent_bytes,
+            "interval_sent_bytes": self.interval_sent_bytes,
+            "ranks": self.world.size,
             "tokenizer_sha256": self.prepared.tokenizer.sha256,
             "corpora": {name: corpus.sha256 for name, corpus in self._corpora()},
         }
@@ -254,7 +308,10 @@ class Trainer:
         parameters = self.engine.named_parameters()
         found = [(f"model.{name}", name, value.detach()) for name, value in parameters]
         for key, value in self.optimizer.tensors().items():  # exp_avg.main.layers.0...
-            found.append((f"optimizer.{key}", key.split(".", 1)[1], value))
+            found.append((f"{self._own}optimizer.{key}", key.split(".", 1)[1], value))
+        if self.outer is not None:
+            for name, value in self.outer.tensors().items():
+                found.append((f"outer.{name}", name, value))
         return found
 
     def resume(self) -> bool:
@@ -281,12 +338,17 @@ class Trainer:
             (key, name, part, self.saver.stage(key, part)) for key, name, part in self._parts()
         ]
         tensors = {key: self.engine.spread(name, copy) for key, name, _, copy in parts}
-        self.saver.read(step, {**tensors, "interval.metrics": metrics})
+        self.saver.read(step, {**tensors, f"{self._own}interval.metrics": metrics})
         for _, _, part, copy in parts:
             part.copy_(copy)
+        if self.outer is not None:
+            self.outer.restart()
         self.tally.sums[1:].copy_(metrics)
-        self.tally.sums[0] = state["interval_loss"]
+        if self.outer is None or self.world.is_first:
+            self.tally.sums[0] = state["interval_loss"]
         self.interval_steps = state["interval_steps"]
+        self.sent_bytes = state.get("sent_bytes", 0)
+        self.interval_sent_bytes = state.get("interval_sent_bytes", 0)
         self.step, self.tokens = step, state["tokens"]
         return True
 
@@ -301,6 +363,11 @@ class Trainer:
                 f"{self.folder} holds a run with another configuration ({', '.join(changed)} "
                 f"differ); give the same options to resume it (--config {self.folder}/config.toml "
                 "has them), or another --run folder"
+            )
+        if self.outer is not None and state["ranks"] != self.world.size:
+            raise UserError(
+                f"{self.folder} holds a run of {state['ranks']} ranks that train apart "
+                f"(sync.mode=relaxed); resume it on as many, found {self.world.size}"
             )
         if state["tokenizer_sha256"] != self.prepared.tokenizer.sha256:
             raise UserError(f"{self.folder} holds a run with another tokenizer")
