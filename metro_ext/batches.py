@@ -127,6 +127,18 @@ class BatchSource:
         offset = _mix(self.seed, epoch, _OFFSET) % len(self.corpus)
         return (offset + window * self.sequence_length) % len(self.corpus)
 
+    def documents(self, index: int) -> list[int]:
+        """Numbers of the corpus's documents that batch `index` has windows of, in order."""
+        found: set[int] = set()
+        for i in range(self.windows_per_batch):
+            start = self.window_start(index * self.windows_per_batch + i)
+            end = start + self.sequence_length
+            for first, last in ((start, min(end, len(self.corpus))), (0, end - len(self.corpus))):
+                if first < last:
+                    documents = (self.corpus.document_at(p) for p in (first, last - 1))
+                    found.update(range(next(documents), next(documents) + 1))
+        return sorted(found)
+
     def _read(self, start: int) -> np.ndarray:
         """One window of the ring; the end of the stream ends a document, so wrapping is safe."""
         head = min(self.sequence_length, len(self.corpus) - start)

@@ -34,6 +34,15 @@ Row = list[int]
 
 def read_pairs(path: Path) -> list[dict[str, str]]:
     """Pairs of a .jsonl file, plain or .xz, with BLiMP's fields or those of ``FIELDS``."""
+    try:
+        return _read_pairs(path)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: expected UTF-8 ({error})") from None
+    except (lzma.LZMAError, EOFError) as error:
+        raise UserError(f"{path}: the compressed file is damaged or cut short ({error})") from None
+
+
+def _read_pairs(path: Path) -> list[dict[str, str]]:
     opener = lzma.open if path.suffix == ".xz" else open
     pairs = []
     with opener(path, "rt", encoding="utf-8") as file:
@@ -42,7 +51,7 @@ def read_pairs(path: Path) -> list[dict[str, str]]:
                 record = json.loads(line)
                 record.setdefault("good", record.get("sentence_good"))
                 record.setdefault("bad", record.get("sentence_bad"))
-            except (ValueError, AttributeError) as error:
+            except (ValueError, AttributeError, RecursionError) as error:
                 raise UserError(
                     f"{path}: line {number}: expected a JSON object ({error})"
                 ) from None

@@ -9,7 +9,7 @@ PACKAGE = Path(metro_ext.__file__).parent
 
 # One direction: a module may import modules of earlier rows (and of its own row, where listed).
 LAYERS = [
-    {"errors", "atomic", "sample_text", "recipes"},
+    {"errors", "atomic", "sample_text", "recipes", "guards", "health"},
     {"command_line", "ops", "config_schema", "text_files", "monitor"},
     {"tokenizer", "presets", "checkpoint", "info", "distributed", "hardware", "cuda_graph"},
     {"corpus_format", "config", "model", "plot", "tokenizer_json"},
@@ -18,9 +18,10 @@ LAYERS = [
     {"batches", "prepare"},
     {"objective", "optim", "mpnet"},
     {"held_out", "pretrained", "parallel", "plan_memory"},
+    {"tally"},
     {"train_step"},
     {"plan_time", "trainer", "inspect", "export", "hf", "finetune", "evaluate"},
-    {"import_mpnet", "plan", "train"},
+    {"import_mpnet", "plan", "train", "replay"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

@@ -78,7 +78,7 @@ def json_rows(path: Path) -> Iterator[tuple[int, dict]]:
     for number, line in lines(path):
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: line {number}: expected a JSON object ({error})") from None
         if not isinstance(record, dict):
             raise UserError(f"{path}: line {number}: expected a JSON object, found {line[:40]!r}")
@@ -87,6 +87,8 @@ def json_rows(path: Path) -> Iterator[tuple[int, dict]]:
 
 def field(path: Path, number: int, record: dict, name: str, kind: type | tuple = str):
     """A field of a JSON object, of the type that the format asks for."""
+    if not isinstance(record, dict):
+        raise UserError(f"{path}: line {number}: expected a JSON object, found {record!r:.60}")
     if name not in record:
         raise UserError(
             f"{path}: line {number}: expected a field {name!r}, found {', '.join(sorted(record))}"

@@ -103,6 +103,8 @@ def _read_tsv(task: Task, path: Path, labelled: bool) -> Iterator[Example]:
         elif labelled:
             try:
                 value = float(row[label])
+                if not 0 <= value <= 5:
+                    raise ValueError
             except ValueError:
                 raise UserError(
                     f"{path}: line {number}: expected a score from 0 to 5, found {row[label]!r}"
@@ -149,14 +151,15 @@ def _read_multirc(task: Task, path: Path, labelled: bool) -> Iterator[Example]:
         text = field(path, number, passage, "text")
         for question in field(path, number, passage, "questions", list):
             asked = field(path, number, question, "question")
-            group = (field(path, number, record, "idx", int), question["idx"])
+            place = field(path, number, question, "idx", int)
+            group = (field(path, number, record, "idx", int), place)
             for answer in field(path, number, question, "answers", list):
                 label = None
                 if labelled:
                     found = field(path, number, answer, "label", int)
                     label = label_index(path, number, BINARY, found)
                 pair = f"{asked} {field(path, number, answer, 'text')}"
-                yield Example(text, pair, label, answer["idx"], group)
+                yield Example(text, pair, label, field(path, number, answer, "idx", int), group)
 
 
 def _read_wsc(task: Task, path: Path, labelled: bool) -> Iterator[Example]:
