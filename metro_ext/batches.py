@@ -132,6 +132,23 @@ class BatchSource:
         offset = _mix(self.seed, epoch, _OFFSET) % len(self.corpus)
         return (offset + window * self.sequence_length) % len(self.corpus)
 
+    def documents(self, index: int) -> list[int]:
+        """Numbers of the corpus's documents that batch `index` has windows of, in order."""
+        first = index * self.windows_per_batch
+        numbers = range(first, first + self.windows_per_batch)
+        return sorted(set().union(*map(self.documents_of, numbers)))
+
+    def documents_of(self, number: int) -> set[int]:
+        """Numbers of the documents that the window of that number is from."""
+        found: set[int] = set()
+        start = self.window_start(number)
+        end = start + self.sequence_length
+        for first, last in ((start, min(end, len(self.corpus))), (0, end - len(self.corpus))):
+            if first < last:
+                documents = (self.corpus.document_at(p) for p in (first, last - 1))
+                found.update(range(next(documents), next(documents) + 1))
+        return found
+
     def _read(self, start: int) -> np.ndarray:
         """One window of the ring; the end of the stream ends a document, so wrapping is safe."""
         head = min(self.sequence_length, len(self.corpus) - start)
@@ -170,6 +187,16 @@ class MixtureSource:
         places = map(self.mixture.place, range(first, first + self.windows_per_batch))
         windows = [self._sources[which].window(number) for which, number in places]
         return _pack(np.stack(windows), index, _mix(self.seed, index, _BATCH_SEED))
+
+    def documents(self, index: int) -> dict[str, list[int]]:
+        """As that of `BatchSource`, by the corpora's folders."""
+        first = index * self.windows_per_batch
+        found: dict[str, set[int]] = {}
+        for place in range(first, first + self.windows_per_batch):
+            which, number = self.mixture.place(place)
+            source = self._sources[which]
+            found.setdefault(str(source.corpus.folder), set()).update(source.documents_of(number))
+        return {folder: sorted(numbers) for folder, numbers in found.items()}
 
 
 def training_source(

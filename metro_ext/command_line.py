@@ -13,6 +13,7 @@ INTERRUPTED = 130  # the shell's convention: 128 + SIGINT
 
 _REMEDY = {
     errno.ENOSPC: "the disk is full: free some space and run the command again",
+    errno.EFBIG: "the file is larger than a limit allows (ulimit -f): raise it and run again",
     errno.EDQUOT: "the disk quota is used up: free some space and run the command again",
     errno.EACCES: "permission denied: check the rights of the file and of its folder",
     errno.EPERM: "not permitted: check the rights of the file and of its folder",

@@ -118,6 +118,15 @@ class ObjectiveConfig(_Section):
     sampling_temperature: float = _option(
         1.0, "temperature of the auxiliary model's samples", above=0.0
     )
+    sampling_temperature_end: float = _option(
+        0.0, "temperature that the samples move to, linearly; 0 stays", minimum=0.0
+    )
+    mlm_weight_end: float = _option(
+        -1.0, "weight that mlm_weight moves to, linearly; below 0 stays", minimum=-1.0
+    )
+    schedule_steps: int = _option(
+        0, "steps that such a move takes; 0 takes the whole run", minimum=0
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -127,6 +136,11 @@ class ObjectiveConfig(_Section):
                 "objective.mask_token_fraction and objective.random_token_fraction must add up "
                 f"to 1 or less, found {total:g}"
             )
+
+    @property
+    def has_schedule(self) -> bool:
+        """Whether temperature or MLM weight change during the run."""
+        return self.sampling_temperature_end > 0 or self.mlm_weight_end >= 0
 
 
 @dataclass(frozen=True)
@@ -189,6 +203,12 @@ class RunConfig(_Section):
         "auto",
         "a step as one CUDA graph; auto: on CUDA, for one process without compile",
         choices=("auto", "on", "off"),
+    )
+    max_skipped: int = _option(
+        10, "steps in a row without a finite loss and gradient that end the run", minimum=1
+    )
+    hang_timeout: int = _option(
+        3600, "seconds without a step that end the run with all stacks; 0 never", minimum=0
     )
     tensorboard: bool = _option(False, "write TensorBoard events too (needs tensorboard)")
     recompute: str = _option(

@@ -148,7 +148,16 @@ class Corpus:
         start = int(self._documents[index])
         last = index + 1 == self.manifest.documents
         end = len(self) if last else int(self._documents[index + 1])
+        if not 0 <= start < end <= len(self):
+            raise UserError(
+                f"{self.folder / DOCUMENTS}: damaged: document {index} is at tokens {start} to "
+                f"{end} of {len(self)}: build the corpus again"
+            )
         return self.tokens(start, end - start)
+
+    def document_at(self, position: int) -> int:
+        """Number of the document that holds the token at a position of the stream."""
+        return int(np.searchsorted(self._documents, position, side="right")) - 1
 
     def unigram_counts(self) -> np.ndarray:
         """How often each id occurs, special ones included: int64 [vocab_size].

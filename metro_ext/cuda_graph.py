@@ -11,7 +11,7 @@ memory that the graph keeps. The calls before the capture are steps of the run l
 a capture runs nothing by itself: no step is lost or taken twice, and the run is the eager one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import torch
 
@@ -52,10 +52,18 @@ class GraphedStep:
         step: takes no argument and returns nothing; reads and writes memory that stays in place,
             and synchronises with the device nowhere.
         device: the CUDA device it runs on.
+        constants: gives what the step reads on the host; the graph has it built in, and is captured
+            anew where it is no longer the same.
     """
 
-    def __init__(self, step: Callable[[], None], device: torch.device):
-        self._step, self._device = step, device
+    def __init__(
+        self,
+        step: Callable[[], None],
+        device: torch.device,
+        constants: Callable[[], Hashable] = lambda: None,
+    ):
+        self._step, self._device, self._constants = step, device, constants
+        self._captured: Hashable = None
         self._stream = torch.cuda.Stream(device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._warm_up_left = WARM_UP_STEPS
@@ -70,8 +78,10 @@ class GraphedStep:
             self._warm_up_left -= 1
             self._run_aside()
             return
-        if self._graph is None:
-            self._graph = self._capture()
+        constants = self._constants()
+        if self._graph is None or self._captured != constants:
+            self._graph = None  # gives its memory back before the next one takes some
+            self._graph, self._captured = self._capture(), constants
         self._graph.replay()
 
     def _run_aside(self) -> None:

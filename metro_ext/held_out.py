@@ -9,8 +9,7 @@ from torch import Tensor
 
 from metro_ext.batches import Batch
 from metro_ext.model import Packing, PretrainingModel
-from metro_ext.objective import IGNORED, Objective
-from metro_ext.ops import METRICS
+from metro_ext.objective import FIGURES, IGNORED, Objective
 
 
 def pack(batch: Batch, device: torch.device) -> tuple[Tensor, Packing]:
@@ -40,32 +39,26 @@ def evaluate(
 
     Returns:
         ``mlm_loss`` (nats a masked token, auxiliary model; main model for ``mlm``),
-        ``mlm_perplexity``, ``unigram_loss``, ``unigram_perplexity``, ``replaced_share`` (of the
-        masked positions, samples that differ from the original), ``rtd_loss``, ``rtd_accuracy``,
-        ``rtd_majority`` (accuracy of always saying "original"), ``rtd_auc``, ``rtd_f1`` (of
-        "replaced"), ``clm_loss``, ``clm_accuracy``; None for what the objective does not have.
+        ``mlm_perplexity``, ``unigram_loss``, ``unigram_perplexity``, ``rtd_auc``, ``rtd_f1`` (of
+        "replaced"), and what `interval_figures` gives; None for what the objective does not have.
     """
     was_training = model.training
     model.eval()
-    sums = torch.zeros(len(METRICS), dtype=torch.float64)
-    logits, labels, unigram_loss, replaced = [], [], 0.0, 0
+    sums = torch.zeros(len(FIGURES), dtype=torch.float64)
+    logits, labels, unigram_loss = [], [], 0.0
     for batch in batches:
         tokens, packing = pack(batch, device)
         out = objective(model, tokens, packing)
         sums += out.metrics.double().cpu()
         target = out.target.cpu().numpy()
         unigram_loss += float(unigram_nats[target[target != IGNORED]].sum())
-        if out.label is not None:
-            replaced += int((out.label == 1).sum())
         if out.rtd_logit is not None:
             kept = (out.label <= 1).cpu()
             logits.append(out.rtd_logit.cpu()[kept].numpy())
             labels.append(out.label.cpu()[kept].numpy())
     model.train(was_training)
-    figures = interval_figures(sums)
-    m = dict(zip(METRICS, sums.tolist(), strict=True))
-    if model.auxiliary is not None:
-        figures["replaced_share"] = _ratio(replaced, m["mlm_count"])
+    figures = interval_figures(sums, model.auxiliary is not None)
+    m = dict(zip(FIGURES, sums.tolist(), strict=True))
     figures["mlm_perplexity"] = _exp(figures["mlm_loss"])
     figures["unigram_loss"] = _ratio(unigram_loss, m["mlm_count"])
     figures["unigram_perplexity"] = _exp(figures["unigram_loss"])
@@ -75,17 +68,32 @@ def evaluate(
     return figures
 
 
-def interval_figures(sums: Tensor) -> dict[str, float | None]:
-    """Means from the summed metrics [12] of any number of micro-batches; None where absent."""
-    m = dict(zip(METRICS, sums.tolist(), strict=True))
+def interval_figures(sums: Tensor, has_samples: bool) -> dict[str, float | None]:
+    """Means from the summed figures of any number of micro-batches; None where absent.
+
+    Args:
+        sums: in the order of ``metro_ext.objective.FIGURES``.
+        has_samples: whether the objective draws any.
+
+    Returns:
+        ``mlm_loss`` and ``mlm_accuracy``; ``replaced_share`` (of the masked positions, samples that
+        differ from the original), ``sample_accuracy`` (those that do not), ``sample_nats`` (mean
+        -ln p(sample) of the auxiliary model at temperature 1: its entropy, where the samples too
+        are drawn at 1); ``rtd_loss``, ``rtd_accuracy``, ``rtd_majority`` (accuracy of always saying
+        "original"); ``clm_loss`` and ``clm_accuracy``.
+    """
+    m = dict(zip(FIGURES, sums.tolist(), strict=True))
     originals = m["rtd_count"] - m["replaced_count"]
+    samples = m["mlm_count"] if has_samples else 0
     return {
         "mlm_loss": _ratio(m["mlm_nll_sum"], m["mlm_count"]),
         "mlm_accuracy": _ratio(m["mlm_hits"], m["mlm_count"]),
         "rtd_loss": _ratio(m["rtd_loss_sum"], m["rtd_count"]),
         "rtd_accuracy": _ratio(m["rtd_hits"], m["rtd_count"]),
         "rtd_majority": _ratio(originals, m["rtd_count"]),
-        "replaced_share": _ratio(m["replaced_count"], m["mlm_count"]) if m["rtd_count"] else None,
+        "replaced_share": _ratio(m["samples_replaced"], samples),
+        "sample_accuracy": _ratio(samples - m["samples_replaced"], samples),
+        "sample_nats": _ratio(m["sample_nats_sum"], samples),
         "clm_loss": _ratio(m["clm_nll_sum"], m["clm_count"]),
         "clm_accuracy": _ratio(m["clm_hits"], m["clm_count"]),
     }

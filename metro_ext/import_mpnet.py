@@ -24,8 +24,8 @@ from metro_ext.config_schema import Config
 from metro_ext.errors import UserError
 from metro_ext.export import TRAINING_STATE
 from metro_ext.model import PretrainingModel
-from metro_ext.ops import METRICS
 from metro_ext.optim import AdamW
+from metro_ext.tally import Tally
 from metro_ext.tokenizer import TOKENIZER_FILE, Tokenizer
 
 
@@ -70,8 +70,9 @@ def write_start(
     optimizer = AdamW(model, config.optim)
     whole = {f"model.{name}": value for name, value in model.named_parameters()}
     whole |= {f"optimizer.{name}": value for name, value in optimizer.tensors().items()}
-    whole["interval.metrics"] = torch.zeros(len(METRICS), dtype=torch.float64)
-    state = {"config": to_dict(config), "tokens": 0, "interval_loss": 0.0, "interval_steps": 0,
+    tally = Tally(torch.device("cpu"))
+    whole |= {f"interval.{name}": value for name, value in tally.tensors().items()}
+    state = {"config": to_dict(config), "tokens": 0, "interval_steps": 0, "records": {},
              "tokenizer_sha256": tokenizer.sha256}  # fmt: skip
     save_checkpoint(folder / CHECKPOINTS, 0, whole, state)
     tokenizer.save(folder / TOKENIZER_FILE)

@@ -16,6 +16,7 @@ have is null; NaN and infinity, which JSON lacks, are the strings float() reads.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -23,6 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TextIO
 
 from metro_ext.atomic import atomic_write
@@ -46,6 +48,7 @@ class Monitor:
     resumed_step: 0 begins anew and empties the records; otherwise records past this step, and a
         last line torn by a kill, are dropped, and the rest goes on.
     resumed_tokens: tokens seen up to resumed_step.
+    checksums: what `sync` returned at resumed_step; records that differ are warned of.
     flops_per_token, peak_flops: FLOPs a token costs, FLOP/s the hardware can do, for the MFU.
     tensorboard: write TensorBoard events too.
     stream: where lines and bar go; by default the standard output at the time of the call.
@@ -61,6 +64,7 @@ class Monitor:
         *,
         resumed_step: int = 0,
         resumed_tokens: int = 0,
+        checksums: Mapping[str, str] = MappingProxyType({}),
         flops_per_token: float | None = None,
         peak_flops: float | None = None,
         tensorboard: bool = False,
@@ -74,13 +78,20 @@ class Monitor:
         self._live = self._stream.isatty()
         self._clock = clock
         self._board = _tensorboard(Path(run_dir), resumed_step) if tensorboard else None
-        self._metrics = _Records(Path(run_dir) / METRICS_FILE, resumed_step)
-        self._timing = _Records(Path(run_dir) / TIMING_FILE, resumed_step)
-        self._evaluation = _Records(Path(run_dir) / EVALUATION_FILE, resumed_step)
+        self._records = {
+            name: _Records(Path(run_dir) / name, resumed_step)
+            for name in (METRICS_FILE, TIMING_FILE, EVALUATION_FILE)
+        }
         self._bar_shown = False
         self._bar_time = -math.inf
         self._interval_start = clock()
         self._waited = 0.0
+        for name, records in self._records.items():
+            if checksums.get(name, records.checksum) != records.checksum:
+                self.warn(
+                    f"{Path(run_dir) / name} is damaged or was changed: its lines up to step "
+                    f"{resumed_step} are not those that the checkpoint saw; the run goes on"
+                )
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Records an interval that ends with `step`, and prints its line.
@@ -107,8 +118,8 @@ class Monitor:
             "data_wait": self._waited / seconds,
         }
         self._waited = 0.0
-        self._metrics.append(step, values)
-        self._timing.append(step, timing)
+        self._records[METRICS_FILE].append(step, values)
+        self._records[TIMING_FILE].append(step, timing)
         self._to_board("train", step, values | timing)
         self._print(_line(step, self._total, values, timing, eta))
         self._step, self._interval_start = step, now
@@ -116,7 +127,7 @@ class Monitor:
     def log_evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Records metrics on held-out text and prints them on a line."""
         values = {key: _number(value) for key, value in metrics.items()}
-        self._evaluation.append(step, values)
+        self._records[EVALUATION_FILE].append(step, values)
         self._to_board("eval", step, values)
         shown = (f"{key.replace('_', ' ')} {_short(value)}" for key, value in values.items())
         self._print("  ".join([f"{step}/{self._total}  held-out:", *shown]))
@@ -150,16 +161,25 @@ class Monitor:
         finally:
             self._waited += self._clock() - start
 
-    def sync(self) -> None:
-        """Puts all records on disk; call before a checkpoint that a resume will count on."""
-        for records in (self._metrics, self._timing, self._evaluation):
+    def warn(self, sentence: str) -> None:
+        """Prints a warning to stderr."""
+        self._clear_bar()
+        print(f"warning: {sentence}", file=sys.stderr, flush=True)
+
+    def sync(self) -> dict[str, str]:
+        """Puts all records on disk; call before a checkpoint that a resume will count on.
+
+        Returns the SHA-256 of each file, by name, for the checkpoint to keep.
+        """
+        for records in self._records.values():
             records.sync()
         if self._board is not None:
             self._board.flush()
+        return {name: records.checksum for name, records in self._records.items()}
 
     def close(self) -> None:
         self._clear_bar()
-        for records in (self._metrics, self._timing, self._evaluation):
+        for records in self._records.values():
             records.close()
         if self._board is not None:
             self._board.close()
@@ -205,8 +225,11 @@ class Silent:
     def waiting_for_data(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext()
 
-    def sync(self) -> None:
+    def warn(self, sentence: str) -> None:
         pass
+
+    def sync(self) -> dict[str, str]:
+        return {}
 
     def __enter__(self) -> Silent:
         return self
@@ -239,10 +262,18 @@ class _Records:
                 with atomic_write(path, "wb") as file:
                     file.write(kept)
             self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (stays open)
+        self._digest = hashlib.sha256(kept)
+
+    @property
+    def checksum(self) -> str:
+        """SHA-256 of all that the file holds, as 64 hexadecimal digits."""
+        return self._digest.hexdigest()
 
     def append(self, step: int, values: Mapping[str, Any]) -> None:
         record = {"step": step} | {key: _plain(value) for key, value in values.items()}
-        rest = memoryview((json.dumps(record, allow_nan=False) + "\n").encode())
+        line = (json.dumps(record, allow_nan=False) + "\n").encode()
+        self._digest.update(line)
+        rest = memoryview(line)
         with _writing(self._path):
             while rest:  # a write to a disk that fills up may be short
                 rest = rest[self._file.write(rest) :]
@@ -318,21 +349,27 @@ def _tensorboard(run_dir: Path, resumed_step: int) -> Any:
 def _line(
     step: int, total: int, values: Mapping[str, Any], timing: Mapping[str, Any], eta: float
 ) -> str:
-    accuracy, mfu, rate = values["rtd_accuracy"], timing["mfu"], timing["tokens_per_s"]
+    rate = timing["tokens_per_s"]
     width = len(str(total))
     return "  ".join(
         [
             f"{step:>{width}}/{total} ({step / total:6.1%})",
             f"loss {_short(values['loss']):>7}",
             *(f"{part} {_short(values[part + '_loss']):>6}" for part in ("mlm", "rtd", "clm")),
-            f"rtd acc {'-' if accuracy is None else f'{accuracy:.1%}':>6}",
+            f"rtd acc {_percent(values['rtd_accuracy']):>6}",
+            f"(base {_percent(values.get('rtd_majority')):>5})",
+            f"sampled right {_percent(values.get('sample_accuracy')):>5}",
             f"lr {'-' if values['lr'] is None else format(values['lr'], '.2e')}",
             f"{'-' if rate is None else _thousands(rate):>6} tok/s",
-            f"MFU {'-' if mfu is None else f'{mfu:.1%}':>5}",
+            f"MFU {_percent(timing['mfu']):>5}",
             f"data wait {timing['data_wait']:.1%}",
             f"ETA {_duration(eta)}",
         ]
     )
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
 
 
 def _short(value: float | None) -> str:

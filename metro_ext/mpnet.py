@@ -209,7 +209,7 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         kind = config["model_type"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{folder / CONFIG}: expected a model's configuration ({error})") from None
     if kind not in ("mpnet", CUSTOM_TYPE):
         raise UserError(f"{folder / CONFIG}: expected model_type mpnet, found {kind!r}")

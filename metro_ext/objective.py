@@ -19,6 +19,7 @@ from torch import Tensor
 from metro_ext.config_schema import ObjectiveConfig
 from metro_ext.model import PAD_ID, LanguageModelHead, Packing, PretrainingModel
 from metro_ext.ops import (
+    METRICS,
     TokenTable,
     VocabHead,
     mask_tokens,
@@ -29,6 +30,13 @@ from metro_ext.ops import (
 )
 
 IGNORED = -100
+# What a micro-batch is summed up to: the sums and counts of the operator, and of the samples.
+FIGURES = (
+    *METRICS,
+    "sample_nats_sum",  # -ln p(sample) at temperature 1, over the masked positions that count
+    "samples_replaced",  # samples that differ from the original
+)
+STAGES = 50  # of a schedule of constants; the least that a CUDA graph has to be captured anew
 
 
 @dataclass(frozen=True)
@@ -36,7 +44,7 @@ class StepOutput:
     """What one micro-batch gives.
 
     loss: float32 [], the weighted objective.
-    metrics: float32 [12], sums and counts in the order of ``metro_ext.ops.METRICS``.
+    metrics: float32 [FIGURES], sums and counts in that order; without gradient.
     masked, position, target: the masked tokens [T], masked positions [N] and what stood there [N].
     corrupted, label: what the main model read [T], 1 where replaced (None for ``mlm``).
     rtd_logit: float32 [T], log-odds of "replaced" (None without RTD).
@@ -57,8 +65,16 @@ def mask_count(tokens: int, fraction: float) -> int:
     return max(1, round(tokens * fraction))
 
 
+def scheduled(start: float, end: float, step: int, steps: int) -> float:
+    """From ``start`` to ``end`` over ``steps`` steps, linear but for ``STAGES`` equal stages."""
+    stage = min(step, steps) * STAGES // steps
+    return start + (end - start) * stage / STAGES
+
+
 class Objective:
-    """Runs one objective on a model; holds no state of the run.
+    """Runs one objective on a model.
+
+    temperature, mlm_weight: of the samples and of the auxiliary loss, as ``set_step`` left them.
 
     Args:
         config: weights, corruption and sampling.
@@ -72,6 +88,23 @@ class Objective:
     ):
         self.config, self.special_ids = config, special_ids
         self.mask_id, self.dtype = mask_id, dtype
+        self.temperature, self.mlm_weight = config.sampling_temperature, config.mlm_weight
+
+    def set_step(self, step: int, total_steps: int) -> None:
+        """Sets what follows a schedule to its value in optimizer step ``step`` (from 1)."""
+        config = self.config
+        steps = config.schedule_steps or total_steps
+        if config.sampling_temperature_end > 0:
+            self.temperature = scheduled(
+                config.sampling_temperature, config.sampling_temperature_end, step, steps
+            )
+        if config.mlm_weight_end >= 0:
+            self.mlm_weight = scheduled(config.mlm_weight, config.mlm_weight_end, step, steps)
+
+    @property
+    def constants(self) -> tuple[float, float]:
+        """What a step reads on the host: (temperature, MLM weight)."""
+        return self.temperature, self.mlm_weight
 
     def __call__(
         self,
@@ -99,13 +132,17 @@ class Objective:
         if model.objective == "mlm":
             table = model.main.table(self.dtype)
             hidden = model.main(masked, packing, table)
-            mlm = self._vocabulary(table, model.main_head, hidden[position], target)
+            rows = model.main_head.transform(hidden[position])
+            mlm = self._vocabulary(table, model.main_head, rows, target)
             loss, metrics = self._loss(denominators, mlm=(mlm.nll, mlm.hit, target))
+            metrics = torch.cat([metrics, metrics.new_zeros(len(FIGURES) - len(METRICS))])
             return StepOutput(loss, metrics, masked, position, target, None, None, None)
 
         table = model.auxiliary.table(self.dtype)
         hidden = model.auxiliary(masked, packing, table)
-        mlm = self._vocabulary(table, model.auxiliary_head, hidden[position], target, packing.seed)
+        rows = model.auxiliary_head.transform(hidden[position])
+        mlm = self._vocabulary(table, model.auxiliary_head, rows, target, packing.seed)
+        nats = _sample_nats(rows, table, model.auxiliary_head, mlm, target)
         corrupted, label = replace_tokens(tokens, position, target, mlm.sample, pad_id=PAD_ID)
         if model.config.share_embeddings == "none":
             table = model.main.table(self.dtype)
@@ -121,9 +158,11 @@ class Objective:
                 rows, clm_target = hidden, tokens.masked_fill(tokens == PAD_ID, IGNORED)
             else:
                 rows, clm_target = hidden[position], target
+            rows = model.main_head.transform(rows)
             clm = self._vocabulary(table, model.main_head, rows, clm_target)
             parts["clm"] = (clm.nll, clm.hit, clm_target)
         loss, metrics = self._loss(denominators, **parts)
+        metrics = torch.cat([metrics, torch.stack([nats, (label == 1).sum().float()])])
         return StepOutput(loss, metrics, masked, position, target, corrupted, label, logit)
 
     def _vocabulary(
@@ -134,21 +173,36 @@ class Objective:
         target: Tensor,
         seed: Tensor | None = None,
     ) -> VocabHead:
-        """The head on rows [N, H], tied to the token table; samples where there is a seed."""
+        """The projection of rows [N, H] by the token table; samples where there is a seed."""
         return vocab_head(
-            head.transform(rows),
+            rows,
             table.matrix,
             head.bias,
             target,
             seed=seed,
-            temperature=self.config.sampling_temperature,
+            temperature=self.temperature,
         )
 
     def _loss(self, denominators: Tensor | None, **parts: tuple) -> tuple[Tensor, Tensor]:
         return pretrain_loss(
             **parts,
             denominators=denominators,
-            mlm_weight=self.config.mlm_weight,
+            mlm_weight=self.mlm_weight,
             rtd_weight=self.config.rtd_weight,
             clm_weight=self.config.clm_weight,
         )
+
+
+@torch.no_grad()
+def _sample_nats(
+    rows: Tensor, table: TokenTable, head: LanguageModelHead, out: VocabHead, target: Tensor
+) -> Tensor:
+    """float32 []: Σ -ln p(sample), p the softmax at temperature 1, over the rows that count.
+
+    Its mean estimates the entropy of the auxiliary model without bias where the samples, too, are
+    drawn at temperature 1, and costs one row of the table a sample.
+    """
+    matrix = table.matrix.detach()
+    logit = torch.einsum("nh,nh->n", rows.detach().float(), matrix[out.sample].float())
+    nats = out.lse - logit - head.bias.detach()[out.sample]
+    return torch.where(target == IGNORED, 0.0, nats).sum()

@@ -14,7 +14,7 @@ averaged. Weights travel and gradients are summed in float32; the products are i
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.distributed as dist
@@ -60,9 +60,10 @@ class Local:
         """Scales the gradients down to `max_norm` over all ranks.
 
         Returns:
-            float32 [], their norm before; on the device, and without waiting for it.
+            float32 [3], norms before: of all gradients, of those of the auxiliary model's own
+            parameters, of the others; on the device, and without waiting for it.
         """
-        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
+        return clip_gradients(dict(self.model.named_parameters()), max_norm)
 
     def spread(self, name: str, part: Tensor) -> Tensor:
         """`part`, on the CPU, as what it is of the whole tensor: a DTensor where ranks share it.
@@ -174,13 +175,12 @@ class Sharded(Local):
         yield
 
     def clip(self, max_norm: float) -> Tensor:
-        sharded = self._parameters.values()
-        norm = torch.nn.utils.clip_grad_norm_(sharded, max_norm).full_tensor()
+        norms = clip_gradients(self._parameters, max_norm)
         for name, value in self._parameters.items():
             gradient = value.grad
             self._parts[name].grad = None if gradient is None else gradient.to_local()
             value.grad = None
-        return norm
+        return norms
 
     def spread(self, name: str, part: Tensor) -> Tensor:
         from torch.distributed.tensor import DTensor
@@ -216,6 +216,33 @@ def check_mode(config: Config, world: World) -> None:
         )
     if config.run.compile:
         raise UserError(f"run.compile goes with parallel.mode=ddp, found {mode}")
+
+
+def clip_gradients(parameters: Mapping[str, Tensor], max_norm: float) -> Tensor:
+    """torch.nn.utils.clip_grad_norm_, with the norms of both models from the same pass.
+
+    Args:
+        parameters: by name, whole or DTensors; those without a gradient take no part.
+        max_norm: of all gradients together.
+
+    Returns:
+        float32 [3], as in `Local.clip`.
+    """
+    with_gradient = {name: p for name, p in parameters.items() if p.grad is not None}
+    norms = torch._foreach_norm([p.grad for p in with_gradient.values()])
+    each = dict(zip(with_gradient, norms, strict=True))
+    own = [norm for name, norm in each.items() if name.startswith("auxiliary")]
+    others = [norm for name, norm in each.items() if not name.startswith("auxiliary")]
+    total, main = _norm(norms), _norm(others)
+    auxiliary = _norm(own) if own else torch.zeros_like(total)
+    torch.nn.utils.clip_grads_with_norm_(with_gradient.values(), max_norm, total)
+    return torch.stack([total, auxiliary, main])
+
+
+def _norm(norms: list[Tensor]) -> Tensor:
+    """float32 [], whole on every rank: the norm of a vector of which `norms` are those of parts."""
+    norm = torch.linalg.vector_norm(torch.stack(norms))
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
 def engine(config: Config, objective: Objective, device: torch.device, world: World) -> Local:

@@ -1,6 +1,6 @@
 """From what a configuration names to corpora on disk: tokenizer and shards, made once a run."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -28,6 +28,12 @@ class Prepared:
     train: Mixture
     valid: Corpus
     config: Config
+
+    def corpora(self) -> Iterator[tuple[str, Corpus]]:
+        """What the run reads, by the key that names it; a mixture's second corpus is train.1."""
+        for i, corpus in enumerate(self.train.corpora):
+            yield f"train.{i}" if i else "train", corpus
+        yield "valid", self.valid
 
 
 def prepare(config: Config, say: Callable[[str], None]) -> Prepared:

@@ -29,6 +29,7 @@ from metro_ext.distributed import (
     lost_connection,
 )
 from metro_ext.errors import UserError
+from metro_ext.guards import StopRequest
 from metro_ext.hardware import keep_freed_memory, peak_flops
 from metro_ext.monitor import Monitor, Silent
 from metro_ext.plot import plot_run
@@ -46,7 +47,8 @@ def pretrain(
 ) -> dict[str, float | None]:
     """Runs, or resumes, a configuration to its end; returns the last evaluation's figures.
 
-    Every rank of `world` must call it; rank 0 alone speaks, records and saves.
+    SIGTERM ends it after the current step with a checkpoint, and without figures. Every rank of
+    `world` must call it; rank 0 alone speaks, records and saves.
     """
     world = world or World()
     if not world.is_first:
@@ -62,8 +64,12 @@ def pretrain(
         resumed = world.together(trainer.resume)
         monitor = world.together(lambda: _records(trainer) if world.is_first else Silent())
         _introduce(trainer, resumed, say)
+        stop = stack.enter_context(StopRequest())
         with monitor, trainer.saver:
-            trainer.train(monitor)
+            if not trainer.train(monitor, stop):
+                say(f"stopped after step {trainer.step}, as asked by SIGTERM, and saved; the same "
+                    "command goes on")  # fmt: skip
+                return {}
         figures = trainer.evaluate()
         if world.is_first:
             _conclude(config, figures, trainer.step, plot_run(folder), say)
@@ -84,6 +90,7 @@ def _records(trainer: Trainer) -> Monitor:
         config.run.steps,
         resumed_step=trainer.step,
         resumed_tokens=trainer.tokens,
+        checksums=trainer.records,
         flops_per_token=flops_per_token(config.model, config.objective),
         peak_flops=peak_flops(trainer.device, trainer.dtype) * trainer.world.size,
         tensorboard=config.run.tensorboard,

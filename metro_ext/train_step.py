@@ -1,8 +1,8 @@
 """One optimizer step on memory that stays in place; nothing in it waits for the device.
 
 What a step reads is filled in before (`StepInputs`), what it finds out is added up on the device
-(`Tally`) and read when there is something to report. That a step is a function without arguments
-also makes it fit for a CUDA graph (`metro_ext.cuda_graph`).
+(`metro_ext.tally`) and read when there is something to report. That a step is a function without
+arguments also makes it fit for a CUDA graph (`metro_ext.cuda_graph`).
 """
 
 import math
@@ -16,10 +16,10 @@ from metro_ext.config import Config
 from metro_ext.distributed import World
 from metro_ext.held_out import pack
 from metro_ext.model import Packing
-from metro_ext.ops import METRICS
 from metro_ext.optim import AdamW
 from metro_ext.parallel import Local
 from metro_ext.relaxed import OuterOptimizer
+from metro_ext.tally import Tally
 
 PARTS = 3  # what a loss is divided by: the MLM, RTD and CLM terms of a step
 
@@ -34,6 +34,7 @@ class StepInputs:
     rate: [], the learning rate; float64 on the CPU, where AdamW reads a number, and float32 on
         CUDA, where its kernel reads that.
     number: float64 [], the step's number, from 1; `step` is the same for the host.
+    stop: float64 [], 1 where this rank was asked to end.
 
     Args:
         batches: the micro-batches of any step, for their shapes.
@@ -48,6 +49,7 @@ class StepInputs:
         self.rate = torch.zeros((), dtype=rate, device=device)
         self.number = torch.zeros((), dtype=torch.float64, device=device)
         self.step = 0
+        self.stop = torch.zeros_like(self.number)
 
     def fill(self, number: int, batches: Sequence[Batch], upcoming: Tensor, rate: float) -> None:
         """Copies the inputs of step `number` in; every batch has the shapes of the first one.
@@ -86,30 +88,6 @@ def _overwrite(static: Tensor, new: Tensor) -> None:
     if static.is_cuda:
         new = new.pin_memory()  # a copy from pageable memory waits for the device
     static.copy_(new, non_blocking=True)
-
-
-class Tally:
-    """What the steps since the last report amount to, on their device.
-
-    sums: float64 [13], the losses and the metrics (`METRICS`) of the steps, added up.
-    norm: float32 [], the gradient norm of the last step.
-    failure: float64 [3], number, loss and gradient norm of the first step at which either was not
-        finite; number 0: none was. From that step on nothing is updated.
-    """
-
-    def __init__(self, device: torch.device):
-        self.sums = torch.zeros(1 + len(METRICS), dtype=torch.float64, device=device)
-        self.norm = torch.zeros((), dtype=torch.float32, device=device)
-        self.failure = torch.zeros(3, dtype=torch.float64, device=device)
-
-    def add(self, number: Tensor, sums: Tensor, norm: Tensor) -> Tensor:
-        """Adds a step; float32 [], 1 if it or one before it failed, else 0."""
-        self.sums += sums
-        self.norm.copy_(norm)
-        now = torch.stack([number, sums[0], norm.double()])
-        is_first = ~torch.isfinite(now).all() & (self.failure[0] == 0)
-        self.failure.copy_(torch.where(is_first, now, self.failure))
-        return (self.failure[0] != 0).float()
 
 
 class TrainStep:
@@ -154,9 +132,9 @@ class TrainStep:
             sums[0] += out.loss.detach().double()
             sums[1:] += out.metrics.detach().double()
         sums = self._share(sums, exchanged)
-        norm = self.engine.clip(self.max_norm)
-        failed = self.tally.add(inputs.number, sums, norm)
-        self.optimizer.step(inputs.rate, failed)
+        norms = self.engine.clip(self.max_norm)
+        skip = self.tally.add(inputs.number, sums, norms)
+        self.optimizer.step(inputs.rate, skip)
 
     def _exchanged(self, step: int) -> bool:
         return self.outer is None or self.outer.exchanged(step)
@@ -166,8 +144,9 @@ class TrainStep:
         inputs = self.inputs
         if self.outer is None:
             # The next step's counts travel with this one's figures: one small collective a step.
-            both = self.world.sum(torch.cat([sums, inputs.upcoming]))
-            sums, counts = both.split([len(sums), PARTS])
+            shared = torch.cat([sums, inputs.upcoming, inputs.stop.view(1)])
+            sums, counts, stop = self.world.sum(shared).split([len(sums), PARTS, 1])
+            self.tally.stop.copy_(stop[0])
         else:
             counts = inputs.upcoming
             if self._exchanged(inputs.step + 1):

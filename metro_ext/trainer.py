@@ -17,29 +17,27 @@ from torch import Tensor
 from metro_ext import checkpoint, relaxed
 from metro_ext.batches import EvaluationSource, micro_batch_index, prefetch, training_source
 from metro_ext.checkpoint import CHECKPOINTS
-from metro_ext.config import differences, from_dict, to_dict
+from metro_ext.config import to_dict
 from metro_ext.config_schema import Config
-from metro_ext.corpus import Corpus
 from metro_ext.cuda_graph import GraphedStep, wanted
 from metro_ext.distributed import AgreedError, World
 from metro_ext.errors import UserError
+from metro_ext.guards import StopRequest, Watchdog
 from metro_ext.hardware import DTYPES, choose_device
-from metro_ext.held_out import evaluate, interval_figures
+from metro_ext.health import Health
+from metro_ext.held_out import evaluate
 from metro_ext.model import PAD_ID
-from metro_ext.monitor import Monitor, require_tensorboard
+from metro_ext.monitor import Monitor, Silent, require_tensorboard
 from metro_ext.objective import Objective, mask_count
 from metro_ext.optim import AdamW, learning_rate
 from metro_ext.parallel import check_mode, engine
 from metro_ext.prepare import Prepared, unigram_nats
+from metro_ext.same_run import check_same_run
 from metro_ext.saver import Saver
-from metro_ext.train_step import StepInputs, Tally, TrainStep
+from metro_ext.tally import Tally
+from metro_ext.train_step import StepInputs, TrainStep
 
-# Keys that change what a run reports, how long it is or who computes it, not what a step computes.
-RESUMABLE_KEYS = {
-    "run.dir", "run.steps", "run.log_interval", "run.eval_interval", "run.eval_batches",
-    "run.checkpoint_interval", "run.keep_checkpoints", "run.tensorboard", "run.recompute",
-    "run.graph", "run.async_save", "parallel.mode", "parallel.backend", "parallel.timeout",
-}  # fmt: skip
+FAULTS = "faults"  # what a run that ended on skipped steps leaves for metro_ext.replay
 
 
 def choose_machine(config: Config, world: World) -> tuple[torch.device, bool]:
@@ -49,8 +47,8 @@ def choose_machine(config: Config, world: World) -> tuple[torch.device, bool]:
 
     Raises:
         UserError: a device or TensorBoard is missing, the ranks cannot share the micro-batches of
-            a step, the parallel mode has no launcher, or run.graph asks for a graph where there
-            can be none.
+            a step, the parallel mode has no launcher, run.graph asks for a graph where there can be
+            none, or run.compile and a schedule meet.
     """
     device = choose_device(config.run.device, world.local_rank)
     if config.run.accumulation % world.size:
@@ -62,6 +60,11 @@ def choose_machine(config: Config, world: World) -> tuple[torch.device, bool]:
     if config.run.tensorboard and world.is_first:
         require_tensorboard()
     compiled = config.run.compile
+    if compiled and config.objective.has_schedule:
+        raise UserError(
+            "objective.sampling_temperature_end and objective.mlm_weight_end go with "
+            "run.compile=false: a compiled step has them as constants"
+        )
     return device, wanted(config.run.graph, device, world.distributed, compiled=compiled)
 
 
@@ -88,10 +91,10 @@ class Trainer:
         if is_relaxed:
             relaxed.check(self.config)
         special = torch.tensor(prepared.tokenizer.special_ids, device=self.device)
-        objective = Objective(
+        self.objective = Objective(
             self.config.objective, special, prepared.tokenizer.mask_id, self.dtype
         )
-        self.engine = engine(self.config, objective, self.device, world)
+        self.engine = engine(self.config, self.objective, self.device, world)
         self.model = self.engine.model
         self.optimizer = AdamW(self.engine, self.config.optim)
         self.outer = None
@@ -123,14 +126,28 @@ class Trainer:
         self.tokens = 0
         # Of the interval that the next line reports; part of a checkpoint, so that a resumed run
         # writes the same line.
-        self.tally = Tally(self.device)
+        warm_up = self.config.optim.warmup_steps
+        self.tally = Tally(self.device, run_config.max_skipped, warm_up)
         self.interval_steps = 0
         # Bytes that a rank has sent in steps: since the beginning, and in the interval.
         self.sent_bytes = self.interval_sent_bytes = 0
+        self.records: dict[str, str] = {}  # checksums of the records at the last checkpoint
+        settings = self.config.objective
+        at_1 = settings.sampling_temperature == 1.0 and settings.sampling_temperature_end == 0.0
+        self.health = Health(warm_up, at_1)
 
-    def train(self, monitor: Monitor) -> None:
-        """Trains from the current step to the last."""
-        config, first = self.config.run, self.step
+    def train(self, monitor: Monitor | Silent, stop: StopRequest | None = None) -> bool:
+        """Trains from the current step to the last.
+
+        Args:
+            stop: asks to save and return after the current step; with several ranks on CUDA, at
+                the next one that is reported, with relaxed ones at the next outer step. It is
+                enough that one rank was asked.
+
+        Returns:
+            Whether all steps were taken.
+        """
+        config, first, stop = self.config.run, self.step, stop or StopRequest()
         self.model.train()
         indices = (
             micro_batch_index(step, micro, self.world.rank, self.world.size, self.accumulation)
@@ -138,45 +155,69 @@ class Trainer:
             for micro in range(self.accumulation)
         )
         depth = 2 * self.accumulation
-        with contextlib.closing(prefetch(self.source, indices, depth)) as batches:
+        with (
+            contextlib.closing(prefetch(self.source, indices, depth)) as batches,
+            Watchdog(config.hang_timeout) as watchdog,
+        ):
             with monitor.waiting_for_data():
                 upcoming = list(itertools.islice(batches, self.accumulation))
             inputs = StepInputs(upcoming, self.device)
-            inputs.counts.copy_(self._counts(upcoming))
+            inputs.counts.copy_(self.terms(upcoming))
             if self.outer is None or self.outer.exchanged(first + 1):
                 self.world.sum(inputs.counts)
             take_step = self._prepared_step(inputs)
             for step in range(first + 1, config.steps + 1):
+                watchdog.alive()
                 current = upcoming
                 with monitor.waiting_for_data():
                     upcoming = list(itertools.islice(batches, self.accumulation))
                 rate = learning_rate(step, config.steps, self.config.optim)
-                inputs.fill(step, current, self._counts(upcoming), rate)
+                inputs.fill(step, current, self.terms(upcoming), rate)
+                inputs.stop.fill_(stop.asked)
+                self.objective.set_step(step, config.steps)
                 with self._counting_bytes():
                     take_step()
                 self.step = step
                 self.tokens += config.tokens_per_batch * config.accumulation
                 self.interval_steps += 1
-                last = step == config.steps
-                log_due = step % config.log_interval == 0 or last
-                evaluation_due = _due(step, config.eval_interval) or last
-                checkpoint_due = _due(step, config.checkpoint_interval) or last
-                if self.outer is not None:
-                    with self._counting_bytes():
-                        self._come_together(step, log_due)
-                # On the CPU there is nothing to wait for.
-                elif self.device.type == "cpu" or log_due or evaluation_due or checkpoint_due:
-                    self._check_finite()
-                if log_due:
-                    self._log(monitor, rate)
-                monitor.tick(step)
-                if evaluation_due:
-                    with monitor.untimed(), self._saved_on_failure(monitor):
-                        monitor.log_evaluation(step, self.evaluate())
-                if checkpoint_due:
-                    with monitor.untimed():
-                        monitor.sync()
-                        self.save()
+                if not self._report(monitor, rate, stop, watchdog):
+                    return False
+        return True
+
+    def _report(
+        self, monitor: Monitor | Silent, rate: float, stop: StopRequest, watchdog: Watchdog
+    ) -> bool:
+        """Logs, evaluates and saves, where the step is due; whether the run goes on."""
+        config, step = self.config.run, self.step
+        last = step == config.steps
+        log_due = step % config.log_interval == 0 or last
+        evaluation_due = _due(step, config.eval_interval) or last
+        checkpoint_due = _due(step, config.checkpoint_interval) or last
+        # On the CPU there is nothing to wait for.
+        reads = self.device.type == "cpu" or log_due or evaluation_due or checkpoint_due
+        if self.outer is not None:
+            with self._counting_bytes():
+                self._come_together(step, log_due, stop.asked)
+            reads = self.outer.due(step)
+        elif reads:
+            self._check_finite()
+        # Several processes have to come to the same answer at the same step.
+        asked = stop.asked
+        if self.world.distributed:
+            asked = reads and self.tally.stop.item() > 0
+        if log_due:
+            self._log(monitor, rate)
+        monitor.tick(step)
+        if evaluation_due:
+            with monitor.untimed(), self._saved_on_failure(monitor):
+                monitor.log_evaluation(step, self.evaluate())
+            watchdog.alive()
+        if checkpoint_due or asked:
+            with monitor.untimed():
+                self.records = monitor.sync()
+                self.save()
+            watchdog.alive()
+        return last or not asked
 
     @contextlib.contextmanager
     def _saved_on_failure(self, monitor: Monitor) -> Iterator[None]:
@@ -184,7 +225,7 @@ class Trainer:
         try:
             yield
         except UserError:
-            monitor.sync()
+            self.records = monitor.sync()
             self.save()
             raise
 
@@ -192,7 +233,9 @@ class Trainer:
         step = TrainStep(
             self.config, self.engine, self.optimizer, self.world, inputs, self.tally, self.outer
         )
-        return GraphedStep(step, self.device) if self.graphed else step
+        if not self.graphed:
+            return step
+        return GraphedStep(step, self.device, lambda: self.objective.constants)
 
     @contextlib.contextmanager
     def _counting_bytes(self) -> Iterator[None]:
@@ -202,10 +245,11 @@ class Trainer:
         self.sent_bytes += sent
         self.interval_sent_bytes += sent
 
-    def _come_together(self, step: int, log_due: bool) -> None:
+    def _come_together(self, step: int, log_due: bool, asked: bool) -> None:
         """What relaxed ranks exchange after a step: nothing, an outer step, or their figures.
 
-        The figures of all are then in the first rank's tally.
+        The figures of all are then in the first rank's tally: the losses and sums added up, of
+        norms and of counts of faults the mean.
         """
         if not (log_due or self.outer.due(step)):
             return
@@ -213,29 +257,77 @@ class Trainer:
         if self.outer.due(step):
             self.outer.step(step)
         tally = self.tally
-        both = self.world.sum(torch.cat([tally.sums, tally.norm.double()[None]]))
-        tally.sums.copy_(both[:-1] if self.world.is_first else torch.zeros_like(tally.sums))
-        tally.norm.copy_(both[-1] / self.world.size)
+        parts = tally.sums, tally.norms.double(), tally.skipped[:1], tally.spikes[:1]
+        flag = torch.full_like(tally.skipped[:1], float(asked))
+        both = self.world.sum(torch.cat([*parts, flag]))
+        sums, norms, skipped, spikes, stop = both.split([*map(len, parts), 1])
+        tally.norms.copy_(norms / self.world.size)
+        share = 1 / self.world.size if self.world.is_first else 0
+        tally.sums.copy_(sums if self.world.is_first else torch.zeros_like(sums))
+        tally.skipped[:1] = skipped * share
+        tally.spikes[:1] = spikes * share
+        tally.stop.copy_(stop[0])
 
     def _check_finite(self) -> None:
         """Waits for the steps so far.
 
         Raises:
-            AgreedError: the loss or the gradient of one of them was not finite; none has been
-                applied since.
+            AgreedError: too many steps in a row had no finite loss and gradient; what it takes to
+                repeat the first of them is on disk.
         """
-        failures = self.tally.failure[None]
+        skipped = self.tally.skipped[None]
         if self.outer is not None:  # otherwise all ranks have the same
-            failures = self.world.stack(self.tally.failure)
-        step, loss, grad_norm = min((f for f in failures.tolist() if f[0]), default=(0, 0, 0))
-        if step:
-            raise AgreedError(
-                f"step {step:.0f}: expected a finite loss and gradient, found loss {loss} and "
-                f"gradient norm {grad_norm}; try a lower optim.lr or a longer warm-up (checkpoints "
-                f"up to step {step - 1:.0f} are in {self.folder / CHECKPOINTS})"
-            )
+            skipped = self.world.stack(self.tally.skipped)
+        over = [rank for rank, one in enumerate(skipped.tolist()) if one[1] >= self.tally.limit]
+        if not over:
+            return
+        rank = over[0]
+        _, in_row, last, loss, norm = skipped[rank].tolist()
+        first = int(last - in_row + 1)
+        with contextlib.suppress(UserError):  # a full disk must not hide the fault
+            found = {"loss": repr(loss), "grad_norm": repr(norm)}
+            self._save_fault(first, int(last), rank, found)
+        raise AgreedError(
+            f"step {first} and the {in_row - 1:.0f} after it: expected a finite loss and gradient, "
+            f"found loss {loss} and gradient norm {norm}; look into it with python -m "
+            f"metro_ext.replay {self.folder}, try a lower optim.lr or a longer warm-up in a new "
+            "run, or go on past these batches with a larger --run.max_skipped (checkpoints are in "
+            f"{self.folder / CHECKPOINTS})"
+        )
 
-    def _counts(self, batches: list) -> Tensor:
+    def _save_fault(self, first: int, last: int, rank: int, found: dict[str, str]) -> None:
+        """The weights that the skipped steps met, and the batches of the first of them."""
+        micros = self.config.run.accumulation
+        indices = [micro_batch_index(first - 1, micro, 0, 1, micros) for micro in range(micros)]
+        state = {
+            "config": to_dict(self.config),
+            "tokenizer_sha256": self.prepared.tokenizer.sha256,
+            "skipped_steps": [first, last],
+            "batches": [
+                {
+                    "rank": index % self.world.size,
+                    "index": index,
+                    "seed": int(self.source.batch(index).seed),
+                    "documents": self.source.documents(index),
+                }
+                for index in indices
+            ],
+            **found,
+        }
+        tensors = {
+            key: self.engine.spread(name, part.cpu())
+            for key, name, part in self._parts()
+            if key.startswith("model.")
+        }
+        folder = self.folder / FAULTS
+        if self.outer is None:
+            Saver(folder, self.world, 1, False, self.config.parallel.timeout).write(
+                first - 1, tensors, state
+            )
+        elif self.world.rank == rank:  # relaxed ranks have weights of their own
+            checkpoint.save_checkpoint(folder, first - 1, tensors, state)
+
+    def terms(self, batches: list) -> Tensor:
         """float64 [3]: the MLM, RTD and CLM terms in this rank's micro-batches of a step."""
         special = torch.tensor(self.prepared.tokenizer.special_ids)
         masked = tokens = 0
@@ -248,30 +340,24 @@ class Trainer:
         return torch.tensor([masked, tokens, clm], dtype=torch.float64)
 
     def _log(self, monitor: Monitor, rate: float) -> None:
-        loss, metrics = self._interval()
-        figures = interval_figures(metrics)
-        figures |= {
-            "loss": loss / self.interval_steps,
-            "grad_norm": float(self.tally.norm),
-            "lr": rate,
-            "tokens": self.tokens,
-        }
+        figures, warnings = self.tally.report(self.interval_steps, self.model.auxiliary is not None)
+        figures |= {"lr": rate, "tokens": self.tokens}
+        if self.config.objective.has_schedule:
+            figures["sampling_temperature"], figures["mlm_weight"] = self.objective.constants
         if self.world.distributed:
             figures["sent_bytes"] = self.sent_bytes
             figures["sent_bytes_per_step"] = self.interval_sent_bytes / self.interval_steps
         monitor.log(self.step, figures)
-        self.tally.sums.zero_()
+        for sentence in warnings + self.health.warnings(self.step, figures):
+            monitor.warn(sentence)
+        self.tally.clear()
         self.interval_steps = self.interval_sent_bytes = 0
-
-    def _interval(self) -> tuple[float, Tensor]:
-        """(loss, metrics float64 [12] on the CPU), summed over the steps of the interval."""
-        sums = self.tally.sums.cpu()
-        return float(sums[0]), sums[1:].clone()
 
     def evaluate(self) -> dict[str, float | None]:
         """Figures on the held-out corpus; every rank computes them all, so that none can differ."""
         count = min(self.config.run.eval_batches, len(self.held_out))
         batches = map(self.held_out.batch, range(count))
+        self.objective.set_step(self.step, self.config.run.steps)
         figures = evaluate(self.model, self.engine.run, batches, self.device, self.unigram_nats)
         return figures | ({"sent_bytes": self.sent_bytes} if self.world.distributed else {})
 
@@ -289,17 +375,18 @@ class Trainer:
             key: self.engine.spread(name, self.saver.stage(key, part))
             for key, name, part in self._parts()
         }
-        loss, tensors[f"{self._own}interval.metrics"] = self._interval()
+        for key, value in self._interval().items():
+            tensors[key] = self.saver.stage(key, value)
         state = {
             "config": to_dict(self.config),
             "tokens": self.tokens,
-            "interval_loss": loss,
             "interval_steps": self.interval_steps,
             "sent_bytes": self.sent_bytes,
             "interval_sent_bytes": self.interval_sent_bytes,
             "ranks": self.world.size,
+            "records": self.records,
             "tokenizer_sha256": self.prepared.tokenizer.sha256,
-            "corpora": {name: corpus.sha256 for name, corpus in self._corpora()},
+            "corpora": {name: corpus.sha256 for name, corpus in self.prepared.corpora()},
         }
         self.saver.write(self.step, tensors, state)
 
@@ -314,6 +401,11 @@ class Trainer:
                 found.append((f"outer.{name}", name, value))
         return found
 
+    def _interval(self) -> dict[str, Tensor]:
+        """The tally, by its keys in a checkpoint."""
+        tensors = self.tally.tensors()
+        return {f"{self._own}interval.{name}": value for name, value in tensors.items()}
+
     def resume(self) -> bool:
         """Loads the newest whole checkpoint, if there is any, of any number of ranks.
 
@@ -327,63 +419,29 @@ class Trainer:
         if step is None:
             return False
         state = checkpoint.read_state(self.saver.folder, step)
-        self._check_same_run(state)
+        check_same_run(self.folder, state, self.config, self.world, self.prepared)
         if step > self.config.run.steps:
             raise UserError(
                 f"{self.folder} holds a run of {step} steps, expected no more than "
                 f"run.steps = {self.config.run.steps}; give --steps {step} or more"
             )
-        metrics = torch.empty_like(self.tally.sums[1:], device="cpu")
         parts = [
             (key, name, part, self.saver.stage(key, part)) for key, name, part in self._parts()
         ]
         tensors = {key: self.engine.spread(name, copy) for key, name, _, copy in parts}
-        self.saver.read(step, {**tensors, f"{self._own}interval.metrics": metrics})
+        interval = {key: self.saver.stage(key, value) for key, value in self._interval().items()}
+        self.saver.read(step, tensors | interval)
         for _, _, part, copy in parts:
             part.copy_(copy)
+        for key, value in self._interval().items():
+            value.copy_(interval[key])
         if self.outer is not None:
             self.outer.restart()
-        self.tally.sums[1:].copy_(metrics)
-        if self.outer is None or self.world.is_first:
-            self.tally.sums[0] = state["interval_loss"]
-        self.interval_steps = state["interval_steps"]
+        self.interval_steps, self.records = state["interval_steps"], state["records"]
         self.sent_bytes = state.get("sent_bytes", 0)
         self.interval_sent_bytes = state.get("interval_sent_bytes", 0)
         self.step, self.tokens = step, state["tokens"]
         return True
-
-    def _check_same_run(self, state: dict) -> None:
-        changed = [
-            key
-            for key in differences(from_dict(state["config"]), self.config)
-            if key not in RESUMABLE_KEYS
-        ]
-        if changed:
-            raise UserError(
-                f"{self.folder} holds a run with another configuration ({', '.join(changed)} "
-                f"differ); give the same options to resume it (--config {self.folder}/config.toml "
-                "has them), or another --run folder"
-            )
-        if self.outer is not None and state["ranks"] != self.world.size:
-            raise UserError(
-                f"{self.folder} holds a run of {state['ranks']} ranks that train apart "
-                f"(sync.mode=relaxed); resume it on as many, found {self.world.size}"
-            )
-        if state["tokenizer_sha256"] != self.prepared.tokenizer.sha256:
-            raise UserError(f"{self.folder} holds a run with another tokenizer")
-        recorded = state.get("corpora", {})  # older checkpoints have none
-        for name, corpus in self._corpora():
-            if recorded.get(name, corpus.sha256) != corpus.sha256:
-                raise UserError(
-                    f"{self.folder} holds a run on another data.{name} than the corpus "
-                    f"{corpus.folder} is now; give the same text, or another --run folder"
-                )
-
-    def _corpora(self) -> Iterator[tuple[str, Corpus]]:
-        """What the run reads, by the key that names it; a mixture's second corpus is train.1."""
-        for i, corpus in enumerate(self.prepared.train.corpora):
-            yield f"train.{i}" if i else "train", corpus
-        yield "valid", self.prepared.valid
 
 
 def _due(step: int, interval: int) -> bool:

@@ -164,4 +164,4 @@ def test_neither_an_eager_step_nor_a_replay_waits():
             graphed()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    assert run.tally.failure[0] == 0
+    assert run.tally.skipped[0] == 0

@@ -9,7 +9,7 @@ PACKAGE = Path(metro_ext.__file__).parent
 
 # One direction: a module may import modules of earlier rows (and of its own row, where listed).
 LAYERS = [
-    {"errors", "atomic", "sample_text", "recipes"},
+    {"errors", "atomic", "sample_text", "recipes", "guards", "health"},
     {"command_line", "ops", "config_schema", "zstd_files", "parquet_files", "monitor"},
     {"text_files", "checkpoint_parts"},
     {"records"},
@@ -24,9 +24,10 @@ LAYERS = [
     {"batches", "prepare"},
     {"objective", "optim", "mpnet", "products", "text_encoder", "sentence_files", "hf"},
     {"held_out", "pretrained", "onnx_export", "parallel", "plan_memory", "relaxed"},
+    {"tally", "same_run"},
     {"train_step"},
     {"plan_time", "trainer", "inspect", "export", "evaluate"},
-    {"import_mpnet", "plan", "train", "finetune"},
+    {"import_mpnet", "plan", "train", "finetune", "replay"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

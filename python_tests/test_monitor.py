@@ -92,15 +92,18 @@ def test_the_line(tmp_path):
     with Monitor(tmp_path, 1500, stream=(out := io.StringIO()), clock=(clock := Clock())) as log:
         clock.now += 50
         log.log(500, {"loss": 31.25, "mlm_loss": 5.5, "rtd_loss": 0.41, "clm_loss": 5.25,
-                      "rtd_accuracy": 0.861, "lr": 1e-3, "tokens": 1_024_000})  # fmt: skip
+                      "rtd_accuracy": 0.861, "rtd_majority": 0.85, "sample_accuracy": 0.2,
+                      "lr": 1e-3, "tokens": 1_024_000})  # fmt: skip
         clock.now += 8000
         log.log(501, {"loss": 12345.678, "mlm_loss": 6.0, "lr": 1e-3, "tokens": 1_026_048})
         log.log_evaluation(501, {"rtd_auc": 0.7, "tokens": 40})
     lines = [re.sub(r" +", " ", line) for line in out.getvalue().splitlines()]
     assert lines == [
         " 500/1500 ( 33.3%) loss 31.2500 mlm 5.5000 rtd 0.4100 clm 5.2500 rtd acc 86.1%"
+        " (base 85.0%) sampled right 20.0%"
         " lr 1.00e-03 20.5K tok/s MFU - data wait 0.0% ETA 1:40",
         " 501/1500 ( 33.4%) loss 12346 mlm 6.0000 rtd - clm - rtd acc -"
+        " (base -) sampled right -"
         " lr 1.00e-03 0 tok/s MFU - data wait 0.0% ETA 2220:00:00",
         "501/1500 held-out: rtd auc 0.7000 tokens 40",
     ]
@@ -184,7 +187,7 @@ def test_a_full_disk_is_one_sentence(tmp_path):
         open("/dev/full", "ab", buffering=0) as full,
         Monitor(tmp_path, 10, stream=io.StringIO()) as log,
     ):
-        log._timing._file = full
+        log._records["timing.jsonl"]._file = full
         with pytest.raises(UserError, match=r"cannot write .*timing\.jsonl: No space left"):
             log.log(2, {"loss": 1.0})
 

@@ -8,8 +8,7 @@ from op_checks import relative_error
 from test_model import excite, make_model, packed
 
 from metro_ext.config_schema import ObjectiveConfig
-from metro_ext.objective import Objective, mask_count
-from metro_ext.ops import METRICS
+from metro_ext.objective import FIGURES, Objective, mask_count, scheduled
 
 SPECIAL = torch.tensor([0, 1, 2, 3, 4])
 MASK_ID = 4
@@ -88,7 +87,7 @@ def test_corruption():
     assert torch.equal(out.masked[untouched], tokens[untouched])
     # A sample equal to the original counts as original.
     assert torch.equal(out.label == 1, out.corrupted != tokens)
-    figures = dict(zip(METRICS, out.metrics.tolist(), strict=True))
+    figures = dict(zip(FIGURES, out.metrics.tolist(), strict=True))
     assert figures["replaced_count"] == (out.corrupted != tokens).sum()
     assert figures["mlm_count"] == count and figures["rtd_count"] == len(tokens)
 
@@ -130,7 +129,7 @@ def test_denominators_split_a_step_into_micro_batches():
     batches = [packed(seed=seed) for seed in (1, 2)]
     alone = [objective(model, *batch) for batch in batches]
     sums = sum(out.metrics.double() for out in alone)
-    m = dict(zip(METRICS, sums.tolist(), strict=True))
+    m = dict(zip(FIGURES, sums.tolist(), strict=True))
     expected = (
         m["mlm_nll_sum"] / m["mlm_count"]
         + 50 * m["rtd_loss_sum"] / m["rtd_count"]
@@ -161,3 +160,46 @@ def test_compiled_whole_equals_eager(name):
     expected, out = objective(model, tokens, packing), compiled(model, tokens, packing)
     assert relative_error(out.loss, expected.loss) < 1e-5
     assert torch.equal(out.masked, expected.masked)
+
+
+def test_sample_nats_estimate_the_entropy():
+    """Σ -ln p(sample) is that of the logits in float64, and its mean is near the entropy."""
+    model, _, out = run("metro")
+    figures = dict(zip(FIGURES, out.metrics.tolist(), strict=True))
+    assert figures["samples_replaced"] == figures["replaced_count"]
+    hidden = encode(model.auxiliary, out.masked)[out.position]
+    head, eps = model.auxiliary_head, model.config.layer_norm_eps
+    rows = reference_model.transform(hidden, head.transform, eps)
+    logits = rows @ model.auxiliary.embeddings.token.double().T + head.bias.double()
+    log_p = logits.detach().log_softmax(-1)
+    sample = out.corrupted[out.position]
+    counts = out.target != -100
+    nats = -log_p[torch.arange(len(sample)), sample]
+    assert figures["sample_nats_sum"] == pytest.approx(float(nats[counts].sum()), rel=1e-5)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    spread = (log_p.exp() * (log_p + entropy[:, None]) ** 2).sum()  # of the sum of the samples
+    assert abs(float((nats - entropy).sum())) < 4 * math.sqrt(float(spread))
+
+
+def test_a_schedule_moves_in_stages_from_start_to_end():
+    values = [scheduled(1.0, 3.0, step, 200) for step in range(0, 260)]
+    assert values[0] == 1.0 and values[200] == values[259] == 3.0
+    assert len(set(values)) == 51 and values == sorted(values)
+    assert all(abs(v - (1 + min(s, 200) / 100)) <= 2 / 50 for s, v in enumerate(values))
+
+
+def test_schedules_reach_temperature_and_weight():
+    config = ObjectiveConfig(
+        sampling_temperature_end=2.0, mlm_weight=1.0, mlm_weight_end=0.5, schedule_steps=10
+    )
+    objective = Objective(config, torch.tensor([0]), 4, torch.float32)
+    found = []
+    for step in (1, 5, 10, 11):
+        objective.set_step(step, total_steps=1000)
+        found.append(objective.constants)
+    assert found == [
+        pytest.approx(pair) for pair in ((1.1, 0.95), (1.5, 0.75), (2.0, 0.5), (2.0, 0.5))
+    ]
+    constant = Objective(ObjectiveConfig(), torch.tensor([0]), 4, torch.float32)
+    constant.set_step(5, total_steps=10)
+    assert constant.constants == (1.0, 1.0)
