@@ -23,7 +23,7 @@ from metro_ext.errors import UserError
 FOLDER, MODEL = "onnx", "model.onnx"
 TOLERANCE = 1e-4  # float32, largest absolute difference; hidden states are of size 1
 INPUTS = ("input_ids", "attention_mask")
-# Of the classes that are exported: their outputs, and how many axes these have.
+# Of the classes that are exported, the outputs.
 OUTPUTS = {
     "Model": ("last_hidden_state",),
     "ForMaskedLM": ("logits",),

@@ -3,26 +3,29 @@
 The ids are sentencepiece's. Three things need care:
 
 - sentencepiece replaces the longest match of its character map; the fast tokenizer's
-  ``Precompiled`` step replaces the shortest match of a whole grapheme. So canonical composition is
-  done first (NFC), then a separator (U+0001, which the map deletes) goes between characters, so
-  that each is a grapheme of its own.
+  ``Precompiled`` step replaces the shortest match of a whole grapheme. So a separator (U+0001,
+  which the map deletes) first goes between the matches. What the map makes of one of them is what
+  NFKC makes of it, and then the map of each character (true of all its 220,000 keys of several
+  characters): NFKC follows, and then separators between all characters, so that each is a grapheme
+  of its own. U+FF5E, the one character that NFKC changes and the map keeps, is hidden from NFKC.
 - A piece that can be merged from several pairs has one score in sentencepiece and the leftmost
   pair wins; here each pair has a rank, so the pairs of one piece are ordered to the same end.
 - Deleted characters at the start of a text stay in the output of ``Precompiled``: they are removed
   after it.
 
-What differs is text that no keyboard makes: combining marks in an order that NFC changes, or after
-a compatibility character ("ﬁ" and a diaeresis), and Hangul spelt in compatibility jamo. Special
-symbols in a text ("<s>", "[MASK]") mean themselves here, as everywhere in that library; with
-``split_special_tokens=True`` they are text, as they are in `Tokenizer.encode`.
+What differs: the Cyrillic modifier letters U+1E030 ... U+1E06D with a mark after them, which the
+library's NFKC, of an older Unicode, does not know. Special symbols in a text ("<s>", "[MASK]") mean
+themselves here, as everywhere in that library; with ``split_special_tokens=True`` they are text, as
+they are in `Tokenizer.encode`.
 """
 
 import base64
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import sentencepiece
 
 from metro_ext.atomic import atomic_write
@@ -33,13 +36,16 @@ from metro_ext.tokenizer import (
     MASK_PIECE,
     PAD_PIECE,
     SPACE_PIECE,
+    TOKENIZER_FILE,
     UNK_PIECE,
     Tokenizer,
 )
 
-SEPARATOR = "\x01"
+SEPARATOR, STAND_IN = "\x01", "\x02"  # the map deletes both
+FULLWIDTH_TILDE = "\uff5e"
 # Before and after every character beyond ASCII, and between the two that Unicode joins in ASCII.
 _BETWEEN = r"(?<=[^\x00-\x7F])(?=[\s\S])|(?=[^\x00-\x7F])|(?<=\r)(?=\n)"
+_BLOCK = 4096  # nodes of the character map that are looked at together
 NORMALIZER_SPEC, CHARACTER_MAP = 3, 2  # field numbers in sentencepiece_model.proto
 
 
@@ -111,32 +117,73 @@ def write_tokenizer_files(tokenizer: Tokenizer, folder: Path, length: int) -> No
     for name, document in documents.items():
         with atomic_write(folder / name, "w") as file:
             file.write(json.dumps(document, ensure_ascii=False, indent=1) + "\n")
-    tokenizer.save(folder / "tokenizer.model")
+    tokenizer.save(folder / TOKENIZER_FILE)
 
 
 def _normalizer(character_map: bytes) -> dict:
-    deleted = [key for key, value in character_map_entries(character_map) if not value]
-    deleted_class = "".join(f"\\x{{{ord(key):04X}}}" for key in deleted if len(key) == 1)
+    entries = dict(character_map_entries(character_map))
+    deleted = [key for key, value in entries.items() if not value]
+    deleted_class = _class({key for key in deleted if len(key) == 1})
 
-    def replace(regex: str, content: str) -> dict:
-        return {"type": "Replace", "pattern": {"Regex": regex}, "content": content}
+    def replace(pattern: str, content: str, kind: str = "Regex") -> dict:
+        return {"type": "Replace", "pattern": {kind: pattern}, "content": content}
 
     return {
         "type": "Sequence",
         "normalizers": [
-            {"type": "NFC"},
+            replace(STAND_IN, SEPARATOR, "String"),
+            replace(FULLWIDTH_TILDE, STAND_IN, "String"),
+            replace(_after_matches(entries), SEPARATOR),
+            {"type": "NFKC"},
+            replace(STAND_IN, FULLWIDTH_TILDE, "String"),
             replace(_BETWEEN, SEPARATOR),
             {
                 "type": "Precompiled",
                 "precompiled_charsmap": base64.b64encode(character_map).decode(),
             },
-            replace(f"[{deleted_class}]", ""),
+            replace(deleted_class, ""),
             replace("^ +", ""),
             replace(" +", SPACE_PIECE),
             replace(f"{SPACE_PIECE}+$", ""),
             {"type": "Prepend", "prepend": SPACE_PIECE},
         ],
     }
+
+
+def _after_matches(keys: Iterable[str]) -> str:
+    """A regular expression for the places after sentencepiece's matches, save inside ASCII.
+
+    It consumes a key of several characters, the longest first, or one character; ``\\K`` makes what
+    it matched empty, so that `Replace` inserts there.
+    """
+    root: dict = {}
+    for key in keys:
+        if len(key) > 1:
+            node = root
+            for character in key:
+                node = node.setdefault(character, {})
+            node[""] = {}
+    second = _class({character for node in root.values() for character in node})
+    inside, beyond = r"[\x00-\x7F]", r"[^\x00-\x7F]"
+    several = rf"(?=[\s\S]{second}){_any_of(root)}"
+    return rf"(?:{several}|{beyond}|\r(?=\n)|{inside}(?={beyond}))\K"
+
+
+def _any_of(node: dict) -> str:
+    """A regular expression for the words of a trie, in which the key "" ends a word."""
+    alike: dict[str, set[str]] = {}  # what may follow -> the characters that it may follow
+    for character, following in node.items():
+        if character:
+            alike.setdefault(_any_of(following), set()).add(character)
+    words = "|".join(_class(characters) + rest for rest, characters in alike.items())
+    if not words:
+        return ""
+    return f"(?:{words})" + ("?" if "" in node else "")
+
+
+def _class(characters: set[str]) -> str:
+    """A character class."""
+    return "[" + "".join(f"\\x{{{ord(c):04X}}}" for c in sorted(characters)) + "]"
 
 
 def _post_processor(vocabulary: dict[str, int]) -> dict:
@@ -202,23 +249,26 @@ def character_map_entries(blob: bytes) -> Iterator[tuple[str, str]]:
     UTF-8, whose values are offsets into the zero-terminated replacements that follow.
     """
     (length,) = struct.unpack_from("<I", blob)
-    units = struct.unpack_from(f"<{length // 4}I", blob, 4)
-    texts = blob[4 + length :]
-
-    def offset(unit: int) -> int:
-        return (unit >> 10) << ((unit & 0x200) >> 6)
-
-    waiting = [(offset(units[0]), b"")]
+    units = np.frombuffer(blob, "<u4", length // 4, offset=4).astype(np.int64)
+    offsets = (units >> 10) << ((units & 0x200) >> 6)
+    texts, byte = blob[4 + length :], np.arange(1, 256)
+    waiting = [(offsets[:1], [b""])]  # nodes and the keys that lead to them, block by block
     while waiting:
-        base, key = waiting.pop()
-        for byte in range(1, 256):
-            if (place := base ^ byte) >= len(units) or units[place] & 0x800000FF != byte:
-                continue
-            unit, longer = units[place], key + bytes([byte])
-            if unit >> 8 & 1:  # a key ends here
-                start = units[place ^ offset(unit)] & 0x7FFFFFFF
-                yield longer.decode(), texts[start : texts.index(0, start)].decode()
-            waiting.append((place ^ offset(unit), longer))
+        bases, keys = waiting.pop()
+        places = bases[:, None] ^ byte
+        labels = units[np.minimum(places, len(units) - 1)] & 0x800000FF
+        rows, columns = np.nonzero((labels == byte) & (places < len(units)))
+        places = places[rows, columns]
+        longer = [
+            keys[row] + bytes((column + 1,)) for row, column in zip(rows, columns, strict=True)
+        ]
+        bases = places ^ offsets[places]
+        for i in np.flatnonzero(units[places] >> 8 & 1):  # a key ends here
+            start = int(units[bases[i]] & 0x7FFFFFFF)
+            yield longer[i].decode(), texts[start : texts.index(0, start)].decode()
+        for first in range(0, len(longer), _BLOCK):
+            block = slice(first, first + _BLOCK)
+            waiting.append((bases[block], longer[block]))
 
 
 def message_fields(message: bytes) -> dict[int, bytes | int]:

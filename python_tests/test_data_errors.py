@@ -2,13 +2,10 @@
 
 import errno
 import gzip
-import json
 import lzma
 import os
-import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,8 +13,6 @@ from corpora import exit_code, make_corpus, same_files, small_tokenizer, start
 
 from metro_ext import corpus, corpus_build, corpus_parts, corpus_plan, tokenizer
 from metro_ext.atomic import atomic_write
-from metro_ext.batches import BatchSource
-from metro_ext.command_line import run
 from metro_ext.corpus import Corpus
 from metro_ext.errors import UserError
 from metro_ext.sample_text import sample_paths
@@ -75,91 +70,6 @@ def test_bad_text(tmp_path, model, capsys, name):
     assert exit_code(tokenizer.main, "train", file, "--vocab-size", 300, "--output", out) == 2
     assert message in capsys.readouterr().err
     assert sorted(tmp_path.iterdir()) == before
-
-
-def parquet(folder, name, **columns):
-    pyarrow = pytest.importorskip("pyarrow")
-    pytest.importorskip("pyarrow.parquet").write_table(pyarrow.table(columns), folder / name)
-
-
-@pytest.mark.parametrize(
-    ("columns", "message"),
-    [
-        ({"id": [1], "body": ["x"]}, "there is no column 'text' (its columns: id, body): name the"),
-        ({"text": [1, 2]}, "expected text in column 'text', found int64"),
-        ({"text": [b"x"]}, "expected text in column 'text', found binary"),
-        ({"text": ["x", None]}, "row 2: expected text in column 'text', found null"),
-    ],
-)
-def test_bad_parquet(tmp_path, model, capsys, columns, message):
-    """Also where a good file comes first: files of one folder may differ in their schema."""
-    parquet(tmp_path, "a.parquet", text=["fine"])
-    parquet(tmp_path, "b.parquet", **columns)
-    arguments = ["--tokenizer", model, "--output", tmp_path / "out"]
-    assert exit_code(corpus.main, "build", tmp_path, *arguments) == 2
-    assert f"b.parquet: {message}" in capsys.readouterr().err
-    assert not list(tmp_path.glob(".*")) and not (tmp_path / "out").exists()
-
-
-def test_cut_parquet_and_parquet_without_rows(tmp_path, model, capsys):
-    parquet(tmp_path, "a.parquet", text=["fine"] * 999)
-    whole = (tmp_path / "a.parquet").read_bytes()
-    (tmp_path / "a.parquet").write_bytes(whole[:-9])
-    arguments = ["build", tmp_path, "--tokenizer", model, "--output", tmp_path / "out"]
-    assert exit_code(corpus.main, *arguments) == 2
-    assert "a.parquet: the Parquet file is damaged or none" in capsys.readouterr().err
-    (tmp_path / "a.parquet").write_bytes(
-        whole[:4] + bytes(len(whole) // 2) + whole[len(whole) // 2 + 4 :]
-    )
-    assert exit_code(corpus.main, *arguments) == 2
-    assert "a.parquet: the Parquet file is damaged or none" in capsys.readouterr().err
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet(tmp_path, "a.parquet", text=pyarrow.array([], pyarrow.string()))
-    assert exit_code(corpus.main, *arguments) == 2
-    assert "a.parquet: the file is empty" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("cut", [3, 20, -1])
-def test_cut_zstd(tmp_path, model, capsys, cut):
-    packed = (
-        pytest.importorskip("zstandard").ZstdCompressor().compress(os.urandom(99).hex().encode())
-    )
-    file = bad_text(tmp_path, "cut.txt.zst", packed[:cut])
-    arguments = ["build", file, "--tokenizer", model, "--output", tmp_path / "out"]
-    assert exit_code(corpus.main, *arguments) == 2
-    assert "cut.txt.zst: the compressed file is damaged or cut short" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("name", "package"), [("a.parquet", "pyarrow"), ("a.jsonl.zst", "zstandard")]
-)
-def test_missing_extra_is_named(tmp_path, model, capsys, monkeypatch, name, package):
-    bad_text(tmp_path, name, b"x")
-    monkeypatch.setitem(sys.modules, package, None)
-    arguments = ["build", tmp_path, "--tokenizer", model, "--output", tmp_path / "out"]
-    assert exit_code(corpus.main, *arguments) == 2
-    error = capsys.readouterr().err
-    assert f"{name}: reading" in error and f"{package}: pip install 'metro-ext[data]'" in error
-
-
-def test_the_line_of_a_mistake_is_the_file_s_in_every_part(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus_plan, "UNIT_BYTES", 50)
-    for name, content, message in (
-        ("a.jsonl", LINE * 40 + b"[1]\n", "line 41: expected a JSON object"),
-        (
-            "b.jsonl",
-            LINE * 40 + b"\xff\n",
-            f"line 41 is not valid UTF-8 (byte 0xff at offset {len(LINE) * 40})",
-        ),
-        (
-            "c.txt",
-            b"fine\n\n" * 40 + b"\xff\n",
-            "line 81 is not valid UTF-8 (byte 0xff at offset 240)",
-        ),
-    ):
-        file = bad_text(tmp_path, name, content)
-        with pytest.raises(UserError, match=re.escape(message)):
-            corpus_build.build_corpus([file], small_tokenizer(), tmp_path / "out", workers=2)
 
 
 def test_a_bad_file_after_good_ones_leaves_nothing(tmp_path, model, capsys, monkeypatch):
@@ -238,145 +148,6 @@ def test_tokenizer_command_line_input(tmp_path, model, capsys):
     assert error == "error: standard input: line 2 is not valid UTF-8\n"
 
 
-@pytest.fixture
-def built(tmp_path):
-    documents = ["one little girl and her dog"] * 50
-    return make_corpus(tmp_path, documents, small_tokenizer(), shard_tokens=100).folder
-
-
-def flip(path, place=-1):
-    data = bytearray(path.read_bytes())
-    data[place] ^= 1
-    path.write_bytes(data)
-
-
-def info_error(folder, capsys, *options):
-    assert exit_code(corpus.main, "info", folder, *options) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1
-    return error
-
-
-@pytest.mark.parametrize("name", ["shard-00001.bin", "documents.bin"])
-def test_truncated_file(built, capsys, name):
-    size = (built / name).stat().st_size
-    os.truncate(built / name, size - 1)
-    error = info_error(built, capsys)
-    assert f"{name}: truncated: expected {size} bytes, found {size - 1}" in error
-    os.truncate(built / name, size + 1)
-    assert f"too long: expected {size} bytes, found {size + 1}" in info_error(built, capsys)
-
-
-@pytest.mark.parametrize(
-    "name", ["shard-00001.bin", "documents.bin", "counts.bin", "tokenizer.model"]
-)
-def test_missing_file(built, capsys, name):
-    (built / name).unlink()
-    assert f"{name}: the file is missing" in info_error(built, capsys)
-
-
-@pytest.mark.parametrize("name", ["shard-00000.bin", "documents.bin", "counts.bin"])
-@pytest.mark.parametrize("place", [0, -1])
-def test_flipped_byte_is_found_by_verify(built, capsys, name, place):
-    flip(built / name, place)
-    assert f"{name}: damaged: expected sha256" in info_error(built, capsys, "--verify")
-
-
-def test_flipped_byte_anywhere_in_manifest_or_tokenizer_is_found_at_once(built):
-    for name in ("manifest.json", "tokenizer.model"):
-        good = (built / name).read_bytes()
-        for place in range(0, len(good), max(1, len(good) // 150)):
-            flip(built / name, place)
-            with pytest.raises(UserError, match=name.replace(".", r"\.")):
-                Corpus.open(built)
-            (built / name).write_bytes(good)
-    Corpus.open(built).verify()
-
-
-def rewrite_manifest(folder, **changes):
-    """A manifest that is wrong but whole: its checksum is right."""
-    from metro_ext import corpus_format
-
-    body = json.loads((folder / "manifest.json").read_text())
-    body.pop("sha256")
-    body.update(changes)
-    body["sha256"] = corpus_format._checksum(body)
-    (folder / "manifest.json").write_text(json.dumps(body))
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"tokens": 3},
-        {"tokens": -1},
-        {"documents": "fifty"},
-        {"documents": True},
-        {"dtype": "uint32"},
-        {"vocab_size": 70000},
-        {"vocab_size": 0},
-        {"shards": None},
-        {"shards": []},
-        {"shards": [{"tokens": 10**18, "sha256": ""}]},
-        {"unigram_entropy_nats": float("nan")},
-        {"unigram_entropy_nats": None},
-        {"surprise": 1},
-        {"duplicates": -1},
-        {"counts_sha256": None},
-        {"format": "other"},
-        {"version": 99},
-    ],
-)
-def test_manifest_that_contradicts_itself(built, capsys, changes):
-    rewrite_manifest(built, **changes)
-    assert "manifest.json" in info_error(built, capsys)
-
-
-@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff", b"[" * 100_000])
-def test_manifest_that_is_none(built, capsys, content):
-    (built / "manifest.json").write_bytes(content)
-    assert "manifest.json: " in info_error(built, capsys)
-
-
-def test_folder_that_is_no_corpus(tmp_path, capsys):
-    for folder in (tmp_path, tmp_path / "absent"):
-        assert f"{folder}: not a corpus" in info_error(folder, capsys)
-
-
-def test_tokenizer_that_is_not_the_shards(built, capsys):
-    with pytest.raises(UserError, match="made with another tokenizer"):
-        Corpus.open(built, small_tokenizer(vocab_size=900))
-    Corpus.open(built, small_tokenizer())
-    (built / "tokenizer.model").write_bytes(small_tokenizer(vocab_size=900).model)
-    assert "not the tokenizer that made the shards" in info_error(built, capsys)
-
-
-def test_id_out_of_range_is_found_by_batches_counts_and_verify(built):
-    shard = built / "shard-00001.bin"
-    data = bytearray(shard.read_bytes())
-    data[2 * 7 : 2 * 8] = (1000).to_bytes(2, "little")
-    shard.write_bytes(data)
-    damaged = Corpus.open(built)
-    message = r"shard-00001\.bin: damaged: expected ids below 1000, found 1000 at token 7"
-    with pytest.raises(UserError, match=message):
-        damaged._count()
-    source = BatchSource(damaged, 30, 30, seed=0)
-    with pytest.raises(UserError, match=message):
-        for index in range(source.windows_per_epoch + 1):
-            source.batch(index)
-    with pytest.raises(UserError, match=r"shard-00001\.bin: damaged: expected sha256"):
-        damaged.verify()
-
-
-def test_document_starts_that_disagree_with_the_shards(built):
-    """A checksum that is right does not make the content right."""
-    from metro_ext.atomic import sha256_file
-
-    flip(built / "documents.bin", 8)
-    rewrite_manifest(built, documents_sha256=sha256_file(built / "documents.bin"))
-    with pytest.raises(UserError, match=r"documents\.bin: its document starts are not where"):
-        Corpus.open(built).verify()
-
-
 def test_full_disk_during_a_build(tmp_path, model, capsys, monkeypatch):
     """The build goes on when there is room again."""
     written = []
@@ -428,69 +199,6 @@ def test_really_full_disk(small_disk, model, capsys):
     assert error.value.errno == errno.ENOSPC
     assert target.read_bytes() == b"old"
     assert list(small_disk.iterdir()) == [target]
-
-
-def test_atomic_write_replaces_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "file.txt"
-    with atomic_write(path, "w") as file:
-        file.write("old é")
-        assert not path.exists()
-    assert path.read_text(encoding="utf-8") == "old é"
-    with pytest.raises(KeyboardInterrupt), atomic_write(path) as file:
-        file.write(b"new")
-        raise KeyboardInterrupt
-    assert path.read_text(encoding="utf-8") == "old é"
-
-    def refuse(descriptor):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", refuse)
-    with pytest.raises(OSError), atomic_write(path) as file:
-        file.write(b"new")
-    assert path.read_text(encoding="utf-8") == "old é"
-    assert [p.name for p in tmp_path.iterdir()] == ["file.txt"]
-    with pytest.raises(ValueError, match="mode"), atomic_write(path, "a"):
-        pass
-
-
-def test_atomic_write_names_the_file_that_was_asked_for(tmp_path):
-    with pytest.raises(FileNotFoundError) as error, atomic_write(tmp_path / "no" / "file"):
-        pass
-    assert error.value.filename == str(tmp_path / "no" / "file")
-
-
-def test_atomic_write_gives_the_umask_s_permissions(tmp_path):
-    with atomic_write(tmp_path / "ours") as file:
-        file.write(b"")
-    (tmp_path / "usual").touch()
-    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "usual").stat().st_mode
-
-
-@pytest.mark.parametrize(
-    ("error", "code", "message"),
-    [
-        (UserError("expected this, found that"), 2, "error: expected this, found that\n"),
-        (OSError(errno.ENOSPC, "x"), 2, "error: the disk is full: "),
-        (OSError(errno.EACCES, "x", "a.txt"), 2, "error: a.txt: permission denied: "),
-        (OSError(errno.ENOENT, "x", "a.txt"), 2, "error: a.txt: there is no such file"),
-        (OSError(errno.EIO, "I/O error", "a.txt"), 2, "error: a.txt: I/O error\n"),
-        (KeyboardInterrupt(), 130, "interrupted\n"),
-    ],
-)
-def test_run_turns_mistakes_into_sentences(capsys, error, code, message):
-    def main():
-        raise error
-
-    assert exit_code(lambda _: main()) == code
-    assert capsys.readouterr().err.startswith(message)
-
-
-def test_run_leaves_defects_their_traceback():
-    def main():
-        raise KeyError("a defect")
-
-    with pytest.raises(KeyError):
-        run(main)
 
 
 def test_a_reader_that_goes_away_is_no_traceback(model):

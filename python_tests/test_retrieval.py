@@ -3,6 +3,7 @@
 import json
 import lzma
 import math
+import shutil
 
 import pytest
 import torch
@@ -84,12 +85,18 @@ def test_search_in_blocks_is_the_search_of_all(monkeypatch):
         best.rankings()
 
 
-def test_command_on_a_run_and_on_its_export(finished, tmp_path, capsys, monkeypatch):
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, finished):
+    out = tmp_path_factory.mktemp("export") / "whole"
+    export.main([str(finished), str(out)])
+    return out
+
+
+def test_command_on_a_run_and_on_its_export(finished, exported, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(retrieval, "DOCUMENTS_PER_BLOCK", 2)
-    export.main([str(finished), str(tmp_path / "exported")])
     write(tmp_path)
     found = []
-    for model in (finished, tmp_path / "exported"):
+    for model in (finished, exported):
         out = tmp_path / "found.json"
         command.main(["retrieval", str(model), "--data", str(tmp_path), "--output", str(out)])
         found.append(json.loads(out.read_text()))
@@ -137,11 +144,12 @@ def test_judged_documents_that_are_not_there_are_counted(finished, tmp_path):
     (lambda f: edit(f, hidden_size=64), "must have shape [400, 64], found [400, 32]"),
     (lambda f: edit(f, hidden_size="32"), "field 'hidden_size': expected a whole number"),
 ])  # fmt: skip
-def test_exports_that_do_not_fit_together(change, words, finished, tmp_path):
-    export.main([str(finished), str(tmp_path / "exported")])
-    change(tmp_path / "exported")
+def test_exports_that_do_not_fit_together(change, words, exported, tmp_path):
+    bad = tmp_path / "bad"
+    shutil.copytree(exported, bad)
+    change(bad)
     with pytest.raises(ValueError) as error:
-        load_text_encoder(tmp_path / "exported")
+        load_text_encoder(bad)
     assert words in str(error.value)
 
 
