@@ -104,8 +104,7 @@ def test_killed_runs_resume_bit_for_bit(finished, text, tmp_path):
     assert_same_bits(finished, folder)
 
 
-def test_accumulation_gives_the_step_of_one_large_batch(text, tmp_path):
-    """Not the same draws, so not the same bits: the same number of tokens and a falling loss."""
+def test_accumulation_counts_the_tokens_of_all_micro_batches(text, tmp_path):
     train(tmp_path / "run", "--steps", "9", "--run.accumulation=2", *text)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["tokens"] == 9 * 2 * 256
