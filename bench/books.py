@@ -6,8 +6,8 @@ Makes a tokenizer of 4096 entries and token shards from ``books-10m.txt.xz`` (in
 default ``../shared/data``), trains 4 × 256 (auxiliary 2 × 256) on sequences of 128 tokens by
 ``python -m metro_ext.train``, and reports the last evaluation on ``books-valid.txt.xz``: every
 window of it, beside the unigram model of the training text on the same masked tokens. ``ours`` is
-the run's time in seconds; ``figures`` hold the evaluation and the command. The plot goes beside the
-JSON.
+the run's time in seconds, ``peak_mb`` its resident memory at its peak; ``figures`` hold the
+evaluation and the command. The plot goes beside the JSON.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,6 +41,27 @@ SETTINGS = [
 def call(*words: str | Path) -> None:
     """Runs ``python -m`` on the words; its output is ours."""
     subprocess.run([sys.executable, "-m", *map(str, words)], cwd=ROOT, check=True)
+
+
+# The peak of a process counts the moment before its exec, when it still is a copy of its parent: so
+# the parent is this program, which has next to nothing, and not the script, which has torch.
+_MEASURE = """
+import os, subprocess, sys
+process = subprocess.Popen(sys.argv[2:])
+_, status, usage = os.wait4(process.pid, 0)
+with open(sys.argv[1], "w") as file:
+    file.write(str(usage.ru_maxrss))
+sys.exit(os.waitstatus_to_exitcode(status) & 255)
+"""
+
+
+def call_with_peak(*words: str | Path) -> float:
+    """As `call`; the peak of the process's resident memory in MB of 10^6 bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        peak = Path(folder) / "peak"
+        command = [sys.executable, "-m", *map(str, words)]
+        subprocess.run([sys.executable, "-c", _MEASURE, peak, *command], cwd=ROOT, check=True)
+        return int(peak.read_text()) * 1024 / 1e6  # Linux counts in KiB
 
 
 def prepare(folder: Path) -> list[str]:
@@ -73,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = ["metro_ext.train", f"--run={run_folder}", f"--objective={options.objective}",
              f"--steps={options.steps}", *SETTINGS, *prepare(folder)]  # fmt: skip
     start = time.perf_counter()
-    call(*words)
+    peak_mb = call_with_peak(*words)
     seconds = time.perf_counter() - start
     held_out = [json.loads(line) for line in (run_folder / "evaluation.jsonl").open()]
     figures = dict(held_out[-1])
@@ -85,7 +107,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.output:
         picture = (RESULTS / options.output).with_suffix(".png")
         shutil.copy(run_folder / "training.png", picture)
-    emit("books", [Case(name, seconds, figures=figures)], output=options.output)
+    case = Case(name, seconds, peak_mb=peak_mb, figures=figures)
+    emit("books", [case], output=options.output)
 
 
 if __name__ == "__main__":

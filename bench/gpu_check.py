@@ -36,7 +36,7 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # for `python bench/gpu_check.py`
 
 from bench.cases import FAMILIES
-from bench.harness import REPOSITORY, RESULTS, commit
+from bench.harness import REPOSITORY, RESULTS, commit, machine
 from metro_ext.atomic import atomic_write
 from metro_ext.command_line import run
 from metro_ext.errors import UserError
@@ -321,6 +321,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def last_line(record: Details, results: list[Details]) -> str:
+    """The record in the language of the benchmarks (`bench.harness`): the cases of all stages."""
+    cases = [case for r in results for case in r.get("record", {}).get("cases", [])]
+    outcome = {result["name"]: result["status"] for result in results}
+    return json.dumps(record | {"machine": machine(), "stages": outcome, "cases": cases})
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     if not torch.cuda.is_available():
@@ -352,6 +359,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         chosen = choose(every, options.stages)
         results = run_stages(chosen, options.seconds, Path(folder), save)
     print(f"written to {path}")
+    print(last_line(record, results), flush=True)
     return int(any(result["status"] != PASSED for result in results))
 
 

@@ -188,7 +188,7 @@ def test_a_broken_operator_does_not_hide_the_others(monkeypatch, capsys):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_the_record_is_written_though_a_stage_fails(tmp_path, monkeypatch):
+def test_the_record_is_written_though_a_stage_fails(tmp_path, monkeypatch, capsys):
     """As on a machine whose GPU is there for this process and lost to the stage's."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU (80 GB)")
@@ -200,3 +200,17 @@ def test_the_record_is_written_though_a_stage_fails(tmp_path, monkeypatch):
     assert {"date", "commit", "cuda", "capability"} <= set(record)
     (stage,) = record["stages"]
     assert stage["status"] == FAILED and stage["held"] == 0 and stage["wrong"]
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert line["commit"] == record["commit"] and line["machine"]["torch"] == torch.__version__
+    assert line["stages"] == {"equality": FAILED} and line["cases"] == []
+
+
+def test_the_last_line_has_the_cases_of_all_stages():
+    results = [
+        {"name": "build", "status": PASSED},
+        {"name": "step", "status": PASSED, "record": {"cases": [{"name": "a", "ours": 1.0}]}},
+        {"name": "ops:gelu", "status": PASSED, "record": {"cases": [{"name": "b", "ours": 2.0}]}},
+    ]
+    line = json.loads(gpu_check.last_line({"script": "gpu_check"}, results))
+    assert line["script"] == "gpu_check"
+    assert [case["name"] for case in line["cases"]] == ["a", "b"]

@@ -114,7 +114,7 @@ def test_sigterm_finishes_the_checkpoint_in_flight(text, tmp_path):
         time.sleep(0.002)
     process.terminate()
     _, err = process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGTERM and not err, err
+    assert process.returncode == 0 and not err, err
     assert all(entry.name.startswith("step-") for entry in checkpoints.iterdir())
     newest = checkpoint_steps(checkpoints)[0]
     done = train(tmp_path / "run", "--steps", str(newest + 1), *text)
@@ -126,8 +126,7 @@ def test_saving_beside_the_training_changes_nothing(finished, text, tmp_path):
     assert_same_bits(finished, tmp_path / "run")
 
 
-def test_accumulation_gives_the_step_of_one_large_batch(text, tmp_path):
-    """Not the same draws, so not the same bits: the same number of tokens and a falling loss."""
+def test_accumulation_counts_the_tokens_of_all_micro_batches(text, tmp_path):
     train(tmp_path / "run", "--steps", "9", "--run.accumulation=2", *text)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["tokens"] == 9 * 2 * 256

@@ -9,7 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from metro_ext.batches import PAD_POSITION, Batch
 from metro_ext.config_schema import Config, ModelConfig, ObjectiveConfig, OptimConfig, RunConfig
 from metro_ext.distributed import World
+from metro_ext.held_out import pack
 from metro_ext.objective import Objective
+from metro_ext.ops import METRICS
 from metro_ext.optim import AdamW
 from metro_ext.parallel import engine
 from metro_ext.tally import Tally
@@ -138,6 +140,37 @@ def test_the_step_hands_the_next_ones_counts_on():
     run.inputs.fill(1, run.batches(1), torch.tensor([4.0, 5.0, 6.0]).double(), 0.01)
     run.step()
     assert run.inputs.counts.tolist() == [4.0, 5.0, 6.0]
+
+
+def test_accumulation_gives_the_step_of_one_large_batch():
+    """Its gradient is the mean over all masked tokens, however these fall into micro-batches.
+
+    The reference takes each micro-batch alone, with the mean over its own masked tokens, and
+    weights it by their number. The two micro-batches have different numbers.
+    """
+    alone, together = Run("mlm", accumulation=2), Run("mlm", accumulation=2)
+    micro = [batch(1), batch(2)]
+    micro[1].tokens[:44] = 0  # special: not to be masked, which leaves 4
+    gradients, counts = [], []
+    for one in micro:
+        alone.optimizer.zero_grad()
+        tokens, packing = pack(one, CPU)
+        out = alone.engine.run(alone.model, tokens, packing, None)
+        out.loss.backward()
+        gradients.append([p.grad.double().clone() for p in alone.model.parameters()])
+        counts.append(float(out.metrics[METRICS.index("mlm_count")]))
+    assert 0 < counts[1] < counts[0]
+    total = sum(counts)
+    expected = [sum(c / total * g for c, g in zip(counts, pair, strict=True))
+                for pair in zip(*gradients, strict=True)]  # fmt: skip
+    norm = torch.stack([g.norm() for g in expected]).norm()
+    together.inputs.counts.copy_(torch.tensor([total, 96.0, total]))
+    together.inputs.fill(1, micro, torch.ones(3, dtype=torch.float64), 0.01)
+    together.step()
+    assert float(together.tally.norm) == pytest.approx(float(norm), rel=1e-5)
+    scale = min(1.0, 0.5 / float(norm))  # clipped
+    for found, g in zip(together.model.parameters(), expected, strict=True):
+        torch.testing.assert_close(found.grad.double(), scale * g, rtol=1e-4, atol=1e-7)
 
 
 def test_sums_are_those_of_the_steps():

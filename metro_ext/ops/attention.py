@@ -7,6 +7,7 @@ from torch import Tensor
 
 from metro_ext import _C  # noqa: F401  (registers torch.ops.metro)
 from metro_ext.errors import UserError
+from metro_ext.ops.first_order import first_order
 
 
 def attention(
@@ -143,6 +144,7 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(qkv, out, lse, cu_seqlens, bias, seed)
 
 
+@first_order("metro::attention")
 def _backward(ctx, grad_out, _grad_lse):
     qkv, out, lse, cu_seqlens, bias, seed = ctx.saved_tensors
     grad_qkv, grad_bias = torch.ops.metro.attention_backward(

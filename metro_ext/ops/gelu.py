@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from metro_ext import _C  # noqa: F401  (registers torch.ops.metro)
+from metro_ext.ops.first_order import first_order
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
@@ -38,6 +39,7 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
+@first_order("metro::bias_gelu")
 def _backward(ctx, grad_out):
     return torch.ops.metro.bias_gelu_backward(grad_out, *ctx.saved_tensors)
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from metro_ext import _C  # noqa: F401  (registers torch.ops.metro)
+from metro_ext.ops.first_order import first_order
 
 # Sums and counts over the rows that count; add them over micro-batches and ranks, then divide.
 METRICS = (
@@ -82,6 +83,7 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(metrics, mlm_target, label, clm_target, denominators)
 
 
+@first_order("metro::pretrain_loss")
 def _backward(ctx, grad_loss, _metrics):
     _, *targets, _ = ctx.saved_tensors
     grads = torch.ops.metro.pretrain_loss_backward(grad_loss, *ctx.saved_tensors, *ctx.weights)

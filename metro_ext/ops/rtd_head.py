@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from metro_ext import _C  # noqa: F401  (registers torch.ops.metro)
+from metro_ext.ops.first_order import first_order
 
 ORIGINAL, REPLACED, IGNORED = 0, 1, 255
 
@@ -52,6 +53,7 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(logit, hidden, weight, label)
 
 
+@first_order("metro::rtd_head")
 def _backward(ctx, grad_loss, _logit, _hits):
     return *torch.ops.metro.rtd_head_backward(grad_loss, *ctx.saved_tensors), None
 

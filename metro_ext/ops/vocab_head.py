@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from metro_ext import _C  # noqa: F401  (registers torch.ops.metro)
+from metro_ext.ops.first_order import first_order
 
 
 class VocabHead(NamedTuple):
@@ -82,6 +83,7 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(lse, hidden, weight, bias, target)
 
 
+@first_order("metro::vocab_head")
 def _backward(ctx, grad_nll, *_):
     grads = torch.ops.metro.vocab_head_backward(grad_nll, *ctx.saved_tensors)
     return *grads, None, None, None, None
