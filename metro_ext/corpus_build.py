@@ -30,7 +30,7 @@ from metro_ext.corpus_format import (
     write_manifest,
 )
 from metro_ext.corpus_parts import documents_of, part_path
-from metro_ext.corpus_plan import Options, Plan, begin_or_resume, make_plan
+from metro_ext.corpus_plan import PLAN, Options, Plan, begin_or_resume, make_plan
 from metro_ext.corpus_shards import read_counts, shard_tasks
 from metro_ext.corpus_workers import CORPUS, PARTS, TOKENIZER_COPY, WorkerEnded, Workers
 from metro_ext.errors import UserError
@@ -83,6 +83,9 @@ def build_corpus(
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         _check_new(output)
+        if not (folder / CORPUS).exists():  # killed before it began, or after the rename
+            shutil.rmtree(folder / PARTS, ignore_errors=True)
+            (folder / PLAN).unlink(missing_ok=True)
         begin_or_resume(folder, plan)
         tokenizer.save(folder / TOKENIZER_COPY)
         manifest = _build(folder, plan, tokenizer, workers, progress)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -93,11 +94,11 @@ def stop_after(monkeypatch, owner, name, calls):
     """The function does its work `calls` times and then ends the build."""
     original, count = getattr(owner, name), [0]
 
-    def counted(*arguments):
+    def counted(*arguments, **options):
         if count[0] == calls:
             raise Killed
         count[0] += 1
-        return original(*arguments)
+        return original(*arguments, **options)
 
     monkeypatch.setattr(owner, name, counted)
 
@@ -126,6 +127,19 @@ def test_a_stopped_build_goes_on(texts, expected, tmp_path, monkeypatch, owner, 
     build_corpus([texts], small_tokenizer(), out, SHARD, workers=1)
     assert same_files(out, expected)
     assert not list(tmp_path.glob(".*"))
+
+
+def test_what_a_kill_after_the_rename_leaves_is_no_unfinished_build(
+    texts, expected, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        stop_after(patch, shutil, "rmtree", 1)  # the first finds nothing to remove
+        build_corpus([texts], small_tokenizer(), out, SHARD, workers=1)
+    assert same_files(out, expected)
+    out.rename(tmp_path / "moved")
+    build_corpus([texts], small_tokenizer(), out, SHARD, workers=1)
+    assert same_files(out, expected)
 
 
 def start_build(texts, folder, *options):
