@@ -7,6 +7,9 @@ checkpoint whole, and a rank that fails makes all fail. One save is in flight at
 
 import contextlib
 import json
+import os
+import sys
+import threading
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -37,7 +40,7 @@ class Saver:
     def __init__(self, folder: Path, world: World, keep: int, background: bool, timeout: int):
         self.folder, self._keep = folder, keep
         self._world, self._writers = world, world.beside(timeout)
-        self._thread = ThreadPoolExecutor(1, "checkpoint") if background else None
+        self._thread = ThreadPoolExecutor(1, "checkpoint", _yield) if background else None
         self._pending: Future | None = None
         self._copies: dict[str, Tensor] = {}
 
@@ -146,6 +149,12 @@ class Saver:
             self.wait()
         if self._thread is not None:  # its errors must not hide what ends the run
             self._thread.shutdown()
+
+
+def _yield() -> None:
+    """Leaves the processor to training, which computes on every core where there is no GPU."""
+    if sys.platform == "linux":  # elsewhere a thread has no priority of its own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 def _checksum(part: Path | None) -> str:
