@@ -2,7 +2,8 @@
 
 The micro-batches of a step are numbered over all ranks, and everything random about one follows its
 number. N ranks that share `run.accumulation` micro-batches therefore make the update of one process
-that takes them in turn, up to the rounding of a sum.
+that takes them in turn, up to the rounding of a sum; unless they train apart for a while
+(`metro_ext.relaxed`).
 """
 
 import contextlib
@@ -26,12 +27,11 @@ from metro_ext.model import PAD_ID
 from metro_ext.monitor import Monitor
 from metro_ext.objective import Objective, mask_count
 from metro_ext.optim import AdamW, learning_rate
-from metro_ext.parallel import engine
+from metro_ext.parallel import DTYPES, engine
 from metro_ext.prepare import Prepared, unigram_nats
 from metro_ext.train_step import StepInputs, Tally, TrainStep
 
 CHECKPOINTS = "checkpoints"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Keys that change what a run reports, how long it is or who computes it, not what a step computes.
 RESUMABLE_KEYS = {
     "run.dir", "run.steps", "run.log_interval", "run.eval_interval", "run.eval_batches",

@@ -16,7 +16,7 @@ LAYERS = [
     {"corpus_build"},
     {"corpus"},
     {"batches", "prepare"},
-    {"objective", "optim", "mpnet", "products"},
+    {"objective", "optim", "mpnet", "products", "shard_exchange"},
     {"held_out", "pretrained", "parallel", "plan_memory", "relaxed"},
     {"train_step"},
     {"plan_time", "trainer", "inspect", "export", "hf", "finetune", "evaluate"},
