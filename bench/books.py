@@ -64,7 +64,7 @@ def call_with_peak(*words: str | Path) -> float:
         return int(peak.read_text()) * 1024 / 1e6  # Linux counts in KiB
 
 
-def prepare(folder: Path) -> list[str]:
+def prepare(folder: Path, vocab_size: int = 4096) -> list[str]:
     """Tokenizer and corpora in the folder, unless they are there; the options that name them."""
     texts = {"train": DATA / "books-10m.txt.xz", "valid": DATA / "books-valid.txt.xz"}
     for text in texts.values():
@@ -72,7 +72,7 @@ def prepare(folder: Path) -> list[str]:
             raise UserError(f"{text}: there is no such file; set METRO_DATA to the folder of data")
     model = folder / "books.model"
     if not model.exists():
-        size = ["--vocab-size", "4096", "--output", model]
+        size = ["--vocab-size", vocab_size, "--output", model]
         call("metro_ext.tokenizer", "train", texts["train"], *size)
     for name, text in texts.items():
         if not (folder / name).exists():

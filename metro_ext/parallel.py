@@ -9,11 +9,13 @@
             last: optimizer state is sharded, and a step costs the bytes of one all-reduce (ZeRO-1)
 
 Losses are divided by the counts of the whole step, so gradients are summed over ranks and never
-averaged. Weights travel and gradients are summed in float32; the products are in ``run.precision``.
+averaged. Products are in ``run.precision``, and so are matrices that are gathered for them; the
+rest, and gradients, travel in float32.
 """
 
 import contextlib
 import functools
+import math
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -24,8 +26,10 @@ from torch.utils.checkpoint import checkpoint
 from metro_ext.config_schema import Config
 from metro_ext.distributed import World
 from metro_ext.errors import UserError
+from metro_ext.hardware import DTYPES
 from metro_ext.model import Packing, PretrainingModel, start_value
 from metro_ext.objective import Objective, StepOutput
+from metro_ext.optim import decays
 from metro_ext.products import lower_products
 
 
@@ -122,6 +126,7 @@ class Sharded(Local):
 
     Args:
         model: on the meta device; it is given memory and its start values here, a shard at a time.
+        dtype: of products; matrices travel rounded to it (`metro_ext.shard_exchange`).
         keep_gathered: weights stay whole from the first forward pass of a step to its last
             backward pass (``zero1``).
     """
@@ -132,10 +137,14 @@ class Sharded(Local):
         objective: Objective,
         device: torch.device,
         seed: int,
+        dtype: torch.dtype,
         keep_gathered: bool,
+        world: World,
     ):
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import FSDPModule, fully_shard
+
+        from metro_ext.shard_exchange import Gather, Scatter, own_parameters
 
         super().__init__(model, objective)
         self._keep_gathered = keep_gathered
@@ -143,17 +152,25 @@ class Sharded(Local):
         # Checkpoints are written from host memory.
         self._cpu_mesh = mesh if device.type == "cpu" else init_device_mesh("cpu", mesh.shape)
         self._root = _Step(model, objective)
-        shard = functools.partial(fully_shard, mesh=mesh, reshard_after_forward=not keep_gathered)
         for encoder in (model.auxiliary, model.main):
             for layer in encoder.layers if encoder is not None else ():
-                shard(layer)
+                fully_shard(layer, mesh=mesh, reshard_after_forward=not keep_gathered)
         # The token table and the heads are used outside their modules' forward passes: the root
-        # gathers them for the whole of a step.
-        shard(self._root)
+        # gathers them for the whole of a micro-batch.
+        fully_shard(self._root, mesh=mesh, reshard_after_forward=False)
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
         for module in self._root.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
+                own = [(p, decays(names[id(p)], p)) for p in own_parameters(module)]
+                # Rows are shared out in equal parts, the last ones filled up.
+                sizes = [
+                    (-(-p.shape[0] // world.size) * math.prod(p.shape[1:]), matrix)
+                    for p, matrix in own
+                ]
+                module.set_custom_all_gather(Gather(sizes, dtype, world))
+                module.set_custom_reduce_scatter(Scatter(world))
         self._root.to_empty(device=device)
         self._parameters = dict(model.named_parameters())
         self._parts = {name: value.to_local().detach() for name, value in self._parameters.items()}
@@ -259,7 +276,8 @@ def engine(config: Config, objective: Objective, device: torch.device, world: Wo
     recompute_layers(model, config.run.recompute)
     run = torch.compile(objective, dynamic=False) if config.run.compile else objective
     if sharded:
-        return Sharded(model, run, device, config.run.seed, keep_gathered=mode == "zero1")
+        dtype, keep_gathered = DTYPES[config.run.precision], mode == "zero1"
+        return Sharded(model, run, device, config.run.seed, dtype, keep_gathered, world)
     model = model.to(device)
     return Replicated(model, run, world) if world.distributed else Local(model, run)
 

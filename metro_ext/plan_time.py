@@ -152,7 +152,7 @@ def step_time(
     count = parameter_count(model, objective).total
     micro = _micro_batch(model, objective, precision, layout, gpu)
     compute = layout.accumulation * micro
-    exposed = _exposed(model, objective, layout, gpu, micro)
+    exposed = _exposed(model, objective, precision, layout, gpu, micro)
     # Norm and clipping read and write gradients (12 bytes a parameter); Adam reads weight,
     # gradient and moments and writes all but the gradient (28).
     own = count if layout.engine == "ddp" else count / layout.gpus
@@ -205,26 +205,35 @@ def exchange_rate(gpus: int, gpu: Gpu) -> float:
 
 
 def _exposed(
-    model: ModelConfig, objective: ObjectiveConfig, layout: Layout, gpu: Gpu, micro: float
+    model: ModelConfig,
+    objective: ObjectiveConfig,
+    precision: str,
+    layout: Layout,
+    gpu: Gpu,
+    micro: float,
 ) -> float:
-    """Seconds of exchange that stay visible in a step; weights and gradients travel in float32."""
+    """Seconds of exchange that stay visible in a step.
+
+    Gradients travel in float32, gathered weights in `precision` (all but vectors, which are few).
+    """
     if layout.gpus == 1:
         return 0.0
     count = parameter_count(model, objective)
     rate = exchange_rate(layout.gpus, gpu)
-    once = FP32 * count.total * (layout.gpus - 1) / layout.gpus / rate  # a gather, or a reduction
+    element = count.total * (layout.gpus - 1) / layout.gpus / rate  # seconds a byte of each
+    reduction, gather = FP32 * element, ELEMENT_BYTES[precision] * element
     last_backward = OVERLAP * micro * 2 / 3
     if layout.engine == "ddp":  # an all-reduce is a reduction and a gather
-        return max(0.0, 2 * once - last_backward)
+        return max(0.0, 2 * reduction - last_backward)
     layers = model.layers + (model.aux_layers if count.aux else 0)
     inside = layers * layer_parameters(model, objective) / count.total
-    root = (1 - inside) * once  # gathered before the first layer, reduced after the last
+    # The root is gathered before the first layer and reduced after the last: neither is hidden.
     if layout.engine == "zero1":
-        gather = max(0.0, inside * once - OVERLAP * micro / 3)
-        return 2 * root + gather + max(0.0, inside * once - last_backward)
-    # Each micro-batch gathers the layers twice; the last one also reduces their gradients.
-    gathers = layout.accumulation * max(0.0, 2 * inside * once - OVERLAP * micro)
-    last = max(0.0, 3 * inside * once - OVERLAP * micro) - max(
-        0.0, 2 * inside * once - OVERLAP * micro
-    )
-    return 2 * root * layout.accumulation + gathers + last
+        layers_gather = max(0.0, inside * gather - OVERLAP * micro / 3)
+        layers_reduction = max(0.0, inside * reduction - last_backward)
+        return (1 - inside) * (gather + reduction) + layers_gather + layers_reduction
+    # Each micro-batch gathers the root once and the layers twice; the last one also reduces.
+    own = max(0.0, 2 * inside * gather - OVERLAP * micro)
+    last = max(0.0, inside * (2 * gather + reduction) - OVERLAP * micro)
+    root = (1 - inside) * (layout.accumulation * gather + reduction)
+    return root + (layout.accumulation - 1) * own + last

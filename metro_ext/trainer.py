@@ -2,7 +2,8 @@
 
 The micro-batches of a step are numbered over all ranks, and everything random about one follows its
 number. N ranks that share `run.accumulation` micro-batches therefore make the update of one process
-that takes them in turn, up to the rounding of a sum.
+that takes them in turn, up to the rounding of a sum; unless they train apart for a while
+(`metro_ext.relaxed`).
 """
 
 import contextlib
