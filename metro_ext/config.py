@@ -218,7 +218,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} must be UTF-8 text, found byte {error.start} that is not"
         ) from None
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # TOMLDecodeError, or a number of more digits than int() reads
         raise UserError(f"{path} must be a TOML file: {error}") from None
     except RecursionError:
         raise UserError(f"{path} must be a TOML file, found values nested too deep") from None
@@ -263,7 +263,7 @@ def _parse(key: str, text: str) -> Any:
         if text.startswith("["):
             try:
                 return tomllib.loads(f"value = {text}")["value"]
-            except (tomllib.TOMLDecodeError, RecursionError):
+            except (ValueError, RecursionError):
                 return text
         return [part for part in text.split(",") if part]
     try:

@@ -39,17 +39,21 @@ class Table:
             }
             if report.skipped:
                 self._rows[item.name]["reason"] = str(report.longrepr[2])
+            self._write()  # after every test: a run that is cut short has its table too
 
-    def pytest_sessionfinish(self) -> None:
+    def _write(self) -> None:
         document = {
+            "script": "faults",
             "command": f"pytest python_tests/faults --faults-json {self._path.name}",
             "python": platform.python_version(),
             "torch": torch.__version__,
             "system": platform.platform(),
-            "tried": list(self._rows.values()),
         }
-        # What other commands measured (the sanitizers) stays.
+        # What other commands measured (the sanitizers), and tests not run now, stay.
         before = json.loads(self._path.read_text()) if self._path.exists() else {}
+        tried = {row["test"]: row for row in before.get("tried", [])}
+        tried |= {row["test"]: row for row in self._rows.values()}
+        document["tried"] = list(tried.values())
         self._path.write_text(json.dumps(before | document, indent=1) + "\n")
 
 

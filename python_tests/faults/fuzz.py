@@ -1,11 +1,11 @@
 """Wrong inputs without end: every parser and every operator answers with a result or a sentence.
 
-    python fuzz.py TARGET COUNT SEED FOLDER
+    python fuzz.py TARGET[,TARGET...] COUNT SEED FOLDER
 
-A process of its own for each target, since what is looked for may end it. Its address space is
-limited, so that a length read from a file cannot become an allocation, and so is the processor time
-of an input. The input at work is in FOLDER/input; the last line on stdout is a JSON object with
-counts. Exit code 1: an exception that is no sentence for a user, or a hang.
+A process of its own, since what is looked for may end it. COUNT inputs go to each target. Its
+address space is limited, so that a length read from a file cannot become an allocation, and so is
+the processor time of an input. The input at work is in FOLDER/input; stdout has counts for each
+target, a JSON object a line. Exit code 1: an exception that is no sentence for a user, or a hang.
 """
 
 import base64
@@ -135,21 +135,25 @@ def main() -> None:
     from fuzz_targets import TARGETS
 
     global record
-    name, count, seed, folder = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
-    target = TARGETS[name](folder)
+    names, count, seed = sys.argv[1].split(","), int(sys.argv[2]), int(sys.argv[3])
+    folder, targets = Path(sys.argv[4]), {}
+    for name in names:
+        (folder / name).mkdir()
+        targets[name] = TARGETS[name](folder / name)
     record = Record(folder / "input")
     sys.modules["fuzz"] = sys.modules["__main__"]
     limit_memory()
     try:
-        counts = run(target, count, seed)
+        for name, target in targets.items():
+            print(json.dumps({"target": name, **run(target, count, seed)}), flush=True)
     except BaseException:
         traceback.print_exc()
+        print("target:", name, file=sys.stderr)
         data = (folder / "input").read_bytes()
         size = int.from_bytes(data[:8], "little")
         print("input:", base64.b64encode(data[8 : 8 + size]).decode(), file=sys.stderr)
         sys.stderr.flush()
         os._exit(1)
-    print(json.dumps(counts), flush=True)
     os._exit(0)  # with little address space left, not every library ends in order
 
 
