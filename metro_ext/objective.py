@@ -19,13 +19,13 @@ from torch import Tensor
 from metro_ext.config_schema import ObjectiveConfig
 from metro_ext.model import PAD_ID, LanguageModelHead, Packing, PretrainingModel
 from metro_ext.ops import (
-    TokenTable,
+    HeadGradients,
     VocabHead,
     mask_tokens,
     pretrain_loss,
     replace_tokens,
+    row_gradient,
     rtd_head,
-    vocab_head,
 )
 
 IGNORED = -100
@@ -96,19 +96,28 @@ class Objective:
             mask_fraction=self.config.mask_token_fraction,
             random_fraction=self.config.random_token_fraction,
         )
+        mlm_count, _, clm_count = (None,) * 3 if denominators is None else denominators.unbind()
         if model.objective == "mlm":
             table = model.main.table(self.dtype)
             hidden = model.main(masked, packing, table)
-            mlm = self._vocabulary(table, model.main_head, hidden[position], target)
+            heads = HeadGradients(table.matrix)
+            scale = row_gradient(self.config.mlm_weight, target, mlm_count)
+            mlm = self._vocabulary(heads, model.main_head, hidden[position], target, scale)
             loss, metrics = self._loss(denominators, mlm=(mlm.nll, mlm.hit, target))
+            loss = heads.attach(loss)
             return StepOutput(loss, metrics, masked, position, target, None, None, None)
 
         table = model.auxiliary.table(self.dtype)
         hidden = model.auxiliary(masked, packing, table)
-        mlm = self._vocabulary(table, model.auxiliary_head, hidden[position], target, packing.seed)
+        tied = [HeadGradients(table.matrix)]
+        scale = row_gradient(self.config.mlm_weight, target, mlm_count)
+        mlm = self._vocabulary(
+            tied[0], model.auxiliary_head, hidden[position], target, scale, packing.seed
+        )
         corrupted, label = replace_tokens(tokens, position, target, mlm.sample, pad_id=PAD_ID)
         if model.config.share_embeddings == "none":
             table = model.main.table(self.dtype)
+            tied.append(HeadGradients(table.matrix))
         hidden = model.main(corrupted, packing, table)
         parts = {"mlm": (mlm.nll, mlm.hit, target)}
         logit = None
@@ -121,25 +130,29 @@ class Objective:
                 rows, clm_target = hidden, tokens.masked_fill(tokens == PAD_ID, IGNORED)
             else:
                 rows, clm_target = hidden[position], target
-            clm = self._vocabulary(table, model.main_head, rows, clm_target)
+            scale = row_gradient(self.config.clm_weight, clm_target, clm_count)
+            clm = self._vocabulary(tied[-1], model.main_head, rows, clm_target, scale)
             parts["clm"] = (clm.nll, clm.hit, clm_target)
         loss, metrics = self._loss(denominators, **parts)
+        for heads in tied:
+            loss = heads.attach(loss)
         return StepOutput(loss, metrics, masked, position, target, corrupted, label, logit)
 
     def _vocabulary(
         self,
-        table: TokenTable,
+        heads: HeadGradients,
         head: LanguageModelHead,
         rows: Tensor,
         target: Tensor,
+        scale: Tensor,
         seed: Tensor | None = None,
     ) -> VocabHead:
         """The head on rows [N, H], tied to the token table; samples where there is a seed."""
-        return vocab_head(
+        return heads.vocab_head(
             head.transform(rows),
-            table.matrix,
             head.bias,
             target,
+            scale,
             seed=seed,
             temperature=self.config.sampling_temperature,
         )
