@@ -26,6 +26,7 @@ from metro_ext.ops import (
     replace_tokens,
     rtd_head,
     vocab_head,
+    vocab_head_loss,
 )
 
 OK = "ok"
@@ -82,8 +83,13 @@ def _bias_gelu(device: str, dtype: torch.dtype) -> Results:
 
 def _vocab_head(device: str, dtype: torch.dtype) -> Results:
     target = (torch.arange(67) * 15).to(device)
+
+    def head(hidden: Tensor, weight: Tensor, bias: Tensor) -> Results:
+        loss, head = vocab_head_loss(hidden, weight, bias, target, seed=_key(device))
+        return loss, *head
+
     return _with_gradients(
-        lambda hidden, weight, bias: tuple(vocab_head(hidden, weight, bias, target, _key(device))),
+        head,
         _normal(67, 96).to(device, dtype),
         (0.2 * _normal(VOCAB, 96, seed=2)).to(device, dtype),
         _normal(VOCAB, seed=3).to(device),

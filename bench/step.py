@@ -7,13 +7,14 @@ in sequences of equal length, so that the peer, which knows no packing, computes
 Every contender lives in its own process and takes its turn; ``peak_mb`` is the peak resident memory
 of that process over its whole life (on CUDA: the peak of torch's allocations). With ``bf16`` the
 peer runs both by autocast and by bfloat16 weights beside float32 masters; the ratio is to the
-fastest.
+fastest. On CUDA our step also runs in a CUDA graph; its time is among the case's figures.
 
 The floor is the useful work in matrix products (`metro_ext.presets.flops_per_token`) over the best
 rate of torch's own linear that this run measured, among a large shape and the step's own shapes.
 """
 
 import argparse
+import dataclasses
 import itertools
 import sys
 from collections.abc import Callable, Sequence
@@ -31,6 +32,7 @@ from bench.timing import MatrixCeiling, Stopwatch, interleave, medians, peak_mem
 from bench.workers import Worker, WorkerError, serve
 from metro_ext.command_line import run
 from metro_ext.config_schema import ModelConfig, ObjectiveConfig, OptimConfig
+from metro_ext.cuda_graph import WARM_UP_STEPS, GraphedStep, wanted
 from metro_ext.errors import UserError
 from metro_ext.hardware import keep_freed_memory, peak_flops
 from metro_ext.model import FIRST_POSITION, Packing, PretrainingModel
@@ -42,7 +44,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SPECIAL_IDS = range(5)
 MASK_ID = 4
 BATCHES = 4
-CEILINGS = "ceilings"
+CEILINGS, OURS, GRAPHED = "ceilings", "ours", "ours graphed"
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -147,13 +149,48 @@ class OurStep:
 
     def __call__(self) -> Tensor:
         """The loss [], detached."""
-        tokens, packing = next(self.batches)
+        return self._take(*next(self.batches), self.optim.lr)
+
+    def _take(self, tokens: Tensor, packing: Packing, rate: float | Tensor) -> Tensor:
         self.optimizer.zero_grad()
         loss = self.objective(self.model, tokens, packing).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.clip_norm)
-        self.optimizer.step(self.optim.lr)
+        self.optimizer.step(rate)
         return loss.detach()
+
+
+class OurGraphedStep(OurStep):
+    """The same in a CUDA graph, as `metro_ext.train` takes it in one process."""
+
+    def __init__(self, options: argparse.Namespace):
+        super().__init__(options)
+        tokens, packing = next(self.batches)
+        device = tokens.device
+        # Positions and boundaries are those of every batch.
+        self.tokens = tokens.clone()
+        self.packing = dataclasses.replace(packing, seed=packing.seed.clone())
+        self.rate = torch.tensor(self.optim.lr, device=device)
+        self.loss = torch.zeros((), device=device)
+        self.graphed = GraphedStep(self._take_in_place, device)
+        for _ in range(WARM_UP_STEPS + 1):  # the last of these captures
+            self()
+
+    def _take_in_place(self) -> None:
+        self.loss.copy_(self._take(self.tokens, self.packing, self.rate))
+
+    def __call__(self) -> Tensor:
+        tokens, packing = next(self.batches)
+        self.tokens.copy_(tokens)
+        self.packing.seed.copy_(packing.seed)
+        self.graphed()
+        return self.loss.clone()
+
+
+def own_names(options: argparse.Namespace) -> list[str]:
+    """Our contenders; the first is the one that the peers are measured against."""
+    graphed = wanted("auto", torch.device(options.device), False, options.compile_ours)
+    return [OURS, GRAPHED] if graphed else [OURS]
 
 
 def peer_names(options: argparse.Namespace) -> list[str]:
@@ -174,10 +211,10 @@ def peer_names(options: argparse.Namespace) -> list[str]:
 
 def make_step(name: str, options: argparse.Namespace) -> Callable[[], Tensor]:
     """The contender of that name, built; importing its library is part of it."""
-    if name == "ours" or options.peers_keep_memory:
+    if name in (OURS, GRAPHED) or options.peers_keep_memory:
         keep_freed_memory()  # as metro_ext.train does
-    if name == "ours":
-        return OurStep(options)
+    if name in (OURS, GRAPHED):
+        return OurStep(options) if name == OURS else OurGraphedStep(options)
     from bench.peers.hf_mpnet import HuggingFaceStep, MetroFromMPNet
 
     model_config, objective, optim = configs(options)
@@ -262,7 +299,7 @@ def measure(options: argparse.Namespace, argv: Sequence[str]) -> tuple[Case, dic
         ceilings, ours = start(CEILINGS), start("ours")
         first_seconds = {"ours": ours.call("prepare")}
         workers = {"ours": ours}
-        for name in peer_names(options):
+        for name in [*own_names(options)[1:], *peer_names(options)]:
             worker = start(name)
             try:
                 first_seconds[name] = worker.call("prepare")
@@ -287,12 +324,13 @@ def measure(options: argparse.Namespace, argv: Sequence[str]) -> tuple[Case, dic
         threads = ceilings.call("threads")
     model_config, objective_config, _ = configs(options)
     flops = options.tokens * flops_per_token(model_config, objective_config)
+    graphed = median.get(GRAPHED, absent.pop(GRAPHED, None))
     case = Case(
         name=f"step {options.layers}x{options.hidden} aux {options.aux_layers}x{options.hidden} "
         f"vocabulary {options.vocab} tokens {options.tokens // options.seq}x{options.seq} "
         f"{options.precision} {options.device}",
         ours=median["ours"],
-        peers={name: median[name] for name in workers if name != "ours"} | absent,
+        peers={name: median[name] for name in workers if name not in (OURS, GRAPHED)} | absent,
         floor_seconds=flops / max(rates.values()),
         peak_mb=peaks.pop("ours"),
         peers_peak_mb=peaks,
@@ -300,6 +338,7 @@ def measure(options: argparse.Namespace, argv: Sequence[str]) -> tuple[Case, dic
         figures={
             "tokens_per_s": {name: options.tokens / median[name] for name in workers},
             "gflop": flops / 1e9,
+            **({} if graphed is None else {"ours_graphed_seconds": graphed}),
             **_utilisation(options, flops, {name: median[name] for name in workers}),
             "masked": mask_count(options.tokens, objective_config.mask_fraction),
             "first_step_seconds": first_seconds,

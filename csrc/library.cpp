@@ -50,10 +50,14 @@ STABLE_TORCH_LIBRARY(metro, m) {
   m.def(
       "vocab_head(Tensor hidden, Tensor weight, Tensor bias, Tensor target, Tensor? seed, "
       "float temperature, int draw) -> (Tensor, Tensor, Tensor, Tensor)");
-  // -> grad_hidden act [N, H], grad_weight act [V, H], grad_bias f32 [V].
+  // The same and, from the same logits, the gradients of scale · Σ nll (scale f32 [1]); the
+  // weight's is written into grad_weight act [V, H], or added to it.
+  // -> nll, lse, hit, sample, grad_hidden act [N, H], grad_bias f32 [V].
   m.def(
-      "vocab_head_backward(Tensor grad_nll, Tensor lse, Tensor hidden, Tensor weight, Tensor bias, "
-      "Tensor target) -> (Tensor, Tensor, Tensor)");
+      "vocab_head_gradients(Tensor hidden, Tensor weight, Tensor bias, Tensor target, Tensor? "
+      "seed, "
+      "float temperature, int draw, Tensor scale, Tensor(a!) grad_weight, bool accumulate) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 
   // Binary cross-entropy of hidden·weight + bias: hidden act [T, H], weight f32 [H], bias f32 [1],
   // label uint8 [T] (0 original, 1 replaced, 255 ignored).

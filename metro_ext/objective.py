@@ -12,6 +12,7 @@ samples. A sample equal to the original counts as original.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,13 +21,14 @@ from metro_ext.config_schema import ObjectiveConfig
 from metro_ext.model import PAD_ID, LanguageModelHead, Packing, PretrainingModel
 from metro_ext.ops import (
     METRICS,
+    HeadGradients,
     TokenTable,
     VocabHead,
     mask_tokens,
     pretrain_loss,
     replace_tokens,
+    row_gradient,
     rtd_head,
-    vocab_head,
 )
 
 IGNORED = -100
@@ -37,6 +39,30 @@ FIGURES = (
     "samples_replaced",  # samples that differ from the original
 )
 STAGES = 50  # of a schedule of constants; the least that a CUDA graph has to be captured anew
+
+
+class Masked(NamedTuple):
+    """Masked tokens int64 [T], masked positions int64 [N] and what stood there int64 [N]."""
+
+    tokens: Tensor
+    position: Tensor
+    target: Tensor
+
+
+class _Auxiliary(NamedTuple):
+    """What the auxiliary model gives.
+
+    sample, nats: int64 [N]; float32 [], see `_sample_nats`.
+    parts: its part of the loss, unless it went backward early.
+    others: the gradients of heads that do not share the main model's table.
+    early: loss [] and metrics of a part that went backward early.
+    """
+
+    sample: Tensor
+    nats: Tensor
+    parts: dict[str, tuple[Tensor, Tensor, Tensor]]
+    others: list[HeadGradients]
+    early: tuple[Tensor, Tensor] | None
 
 
 @dataclass(frozen=True)
@@ -112,42 +138,52 @@ class Objective:
         tokens: Tensor,
         packing: Packing,
         denominators: Tensor | None = None,
+        early_backward: bool = False,
     ) -> StepOutput:
         """One micro-batch of int64 tokens [T].
 
-        ``denominators`` (float32 [3]: MLM, RTD and CLM counts) replace this batch's own counts
-        where a step has several micro-batches or ranks.
+        Args:
+            denominators: float32 [3], MLM, RTD and CLM counts, in the place of this batch's own
+                where a step has several micro-batches or ranks.
+            early_backward: the auxiliary model goes backward before the main one runs, into the
+                ``grad`` of its parameters. Nothing flows from one to the other, so the gradients
+                are the same, and the activations of the two are never held together. ``loss`` is
+                still the whole loss; its ``backward`` is for the rest.
         """
         count = mask_count(tokens.numel(), self.config.mask_fraction)
-        masked, position, target = mask_tokens(
-            tokens,
-            self.special_ids,
-            packing.seed,
-            count=count,
-            vocab_size=model.config.vocab_size,
-            mask_id=self.mask_id,
-            mask_fraction=self.config.mask_token_fraction,
-            random_fraction=self.config.random_token_fraction,
+        masked = Masked(
+            *mask_tokens(
+                tokens,
+                self.special_ids,
+                packing.seed,
+                count=count,
+                vocab_size=model.config.vocab_size,
+                mask_id=self.mask_id,
+                mask_fraction=self.config.mask_token_fraction,
+                random_fraction=self.config.random_token_fraction,
+            )
         )
+        table = model.main.table(self.dtype)
+        tied = HeadGradients(table.matrix)
         if model.objective == "mlm":
-            table = model.main.table(self.dtype)
-            hidden = model.main(masked, packing, table)
-            rows = model.main_head.transform(hidden[position])
-            mlm = self._vocabulary(table, model.main_head, rows, target)
-            loss, metrics = self._loss(denominators, mlm=(mlm.nll, mlm.hit, target))
+            hidden = model.main(masked.tokens, packing, table)
+            rows = model.main_head.transform(hidden[masked.position])
+            weight = self.mlm_weight
+            mlm = self._vocabulary(
+                tied, model.main_head, rows, masked.target, weight, denominators, 0
+            )
+            loss, metrics = self._loss(denominators, mlm=(mlm.nll, mlm.hit, masked.target))
             metrics = torch.cat([metrics, metrics.new_zeros(len(FIGURES) - len(METRICS))])
-            return StepOutput(loss, metrics, masked, position, target, None, None, None)
+            return StepOutput(tied.attach(loss), metrics, *masked, None, None, None)
 
-        table = model.auxiliary.table(self.dtype)
-        hidden = model.auxiliary(masked, packing, table)
-        rows = model.auxiliary_head.transform(hidden[position])
-        mlm = self._vocabulary(table, model.auxiliary_head, rows, target, packing.seed)
-        nats = _sample_nats(rows, table, model.auxiliary_head, mlm, target)
-        corrupted, label = replace_tokens(tokens, position, target, mlm.sample, pad_id=PAD_ID)
-        if model.config.share_embeddings == "none":
-            table = model.main.table(self.dtype)
+        auxiliary = self._auxiliary(
+            model, table, tied, masked, packing, denominators, early_backward
+        )
+        corrupted, label = replace_tokens(
+            tokens, masked.position, masked.target, auxiliary.sample, pad_id=PAD_ID
+        )
         hidden = model.main(corrupted, packing, table)
-        parts = {"mlm": (mlm.nll, mlm.hit, target)}
+        parts = auxiliary.parts
         logit = None
         if model.rtd_head is not None:
             head = model.rtd_head
@@ -155,30 +191,75 @@ class Objective:
             parts["rtd"] = (rtd_loss, logit, label)
         if model.main_head is not None:
             if model.objective == "clm-all":
-                rows, clm_target = hidden, tokens.masked_fill(tokens == PAD_ID, IGNORED)
+                rows, target = hidden, tokens.masked_fill(tokens == PAD_ID, IGNORED)
             else:
-                rows, clm_target = hidden[position], target
+                rows, target = hidden[masked.position], masked.target
             rows = model.main_head.transform(rows)
-            clm = self._vocabulary(table, model.main_head, rows, clm_target)
-            parts["clm"] = (clm.nll, clm.hit, clm_target)
+            weight = self.config.clm_weight
+            clm = self._vocabulary(tied, model.main_head, rows, target, weight, denominators, 2)
+            parts["clm"] = (clm.nll, clm.hit, target)
         loss, metrics = self._loss(denominators, **parts)
-        metrics = torch.cat([metrics, torch.stack([nats, (label == 1).sum().float()])])
-        return StepOutput(loss, metrics, masked, position, target, corrupted, label, logit)
+        for heads in (tied, *auxiliary.others):
+            loss = heads.attach(loss)
+        if auxiliary.early is not None:
+            loss, metrics = loss + auxiliary.early[0].detach(), metrics + auxiliary.early[1]
+        metrics = torch.cat([metrics, torch.stack([auxiliary.nats, (label == 1).sum().float()])])
+        return StepOutput(loss, metrics, *masked, corrupted, label, logit)
+
+    def _auxiliary(
+        self,
+        model: PretrainingModel,
+        table: TokenTable,
+        tied: HeadGradients,
+        masked: Masked,
+        packing: Packing,
+        denominators: Tensor | None,
+        early_backward: bool,
+    ) -> _Auxiliary:
+        """The auxiliary model's samples and loss; its own backward pass, if it is to be early."""
+        others = []
+        if model.config.share_embeddings == "none":
+            table = model.auxiliary.table(self.dtype)
+            tied = HeadGradients(table.matrix)
+            others.append(tied)
+        elif early_backward:
+            table = table.apart()
+        head, target = model.auxiliary_head, masked.target
+        hidden = model.auxiliary(masked.tokens, packing, table)
+        rows = head.transform(hidden[masked.position])
+        mlm = self._vocabulary(
+            tied, head, rows, target, self.mlm_weight, denominators, 0, packing.seed
+        )
+        nats = _sample_nats(rows, table, head, mlm, target)
+        parts = {"mlm": (mlm.nll, mlm.hit, target)}
+        if not early_backward:
+            return _Auxiliary(mlm.sample, nats, parts, others, None)
+        early = self._loss(denominators, **parts)
+        # The gradient of a table that both models share waits for the main model's part of it.
+        tied.attach(early[0], with_matrix=bool(others)).backward()
+        return _Auxiliary(mlm.sample, nats, {}, [], early)
 
     def _vocabulary(
         self,
-        table: TokenTable,
+        tied: HeadGradients,
         head: LanguageModelHead,
         rows: Tensor,
         target: Tensor,
+        weight: float,
+        denominators: Tensor | None,
+        part: int,
         seed: Tensor | None = None,
     ) -> VocabHead:
-        """The projection of rows [N, H] by the token table; samples where there is a seed."""
-        return vocab_head(
+        """The projection of rows [N, H] by the token table; samples where there is a seed.
+
+        weight, part: of its loss in the objective, and where its count is in the denominators.
+        """
+        count = None if denominators is None else denominators[part]
+        return tied.vocab_head(
             rows,
-            table.matrix,
             head.bias,
             target,
+            row_gradient(weight, target, count),
             seed=seed,
             temperature=self.temperature,
         )

@@ -17,10 +17,10 @@ from metro_ext.objective import mask_count
 from metro_ext.presets import parameter_count
 
 FP32, INT64 = 4, 8
-# Of the vocabulary head's logits a tile at a time is held: csrc/vocab_head/vocab_head.h.
-SAMPLE_TILE = 256  # columns; tiles are multiples
-TILE_COLUMNS = {"cpu": 16 * SAMPLE_TILE, "cuda": 64 * SAMPLE_TILE}
-TILE_BYTES = {"cpu": {4: 32 << 20, 2: 16 << 20}, "cuda": {4: 256 << 20, 2: 256 << 20}}
+# Of the vocabulary head's logits a chunk of rows at a time is held: vocab_head_op.cpp.
+CHUNK_ELEMENTS = {"cpu": 8 << 20, "cuda": 256 << 20}
+CHUNK_ROWS = {"cpu": (64, 1024), "cuda": (1, math.inf)}
+MOST_CHUNKS = 16
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
 ADAM_MOMENTS = 2  # float32 each, of every parameter
 # fully_shard gathers the next layer while one computes, and frees the last one after it.
@@ -141,8 +141,8 @@ def _phases(
 
     main = _encoder(model, model.layers, layout, element)
     ids = INT64 * tokens * 5  # tokens, positions, masked, corrupted, targets
-    tile = _head_tile(rows, model.vocab_size, element, device)
-    full_tile = _head_tile(tokens, model.vocab_size, element, device)
+    chunk = _head_chunk(rows, model.vocab_size, element, device)
+    full_chunk = _head_chunk(tokens, model.vocab_size, element, device)
     top = _top_layer(model, model.layers, layout, element)
     masked_head = 4 * element * rows * model.hidden + (2 * INT64 + 6 * FP32) * rows
     full_head = 3 * stream + 6 * FP32 * tokens  # RTD's, or a vocabulary head on every token
@@ -155,9 +155,14 @@ def _phases(
         root = FP32 * (count - layers * layer_parameters(model, objective))
     table_phase = (2 * stream + ids, conversion + root)
 
+    # The gradient of the table is there from the first head's forward pass on, the rounded table up
+    # to the last one's; backward scales the gradient into a copy first.
     if objective.name == "mlm":
-        heads = rounded + table
-        early = [(main + ids + stream, heads + masked_head + tile), (main + ids + top, heads)]
+        early = [
+            (main + ids + stream, rounded + table + masked_head + chunk),
+            (main + ids + stream, 2 * table + masked_head),
+            (main + ids + top, table),
+        ]
         return early, [table_phase]
     aux = _encoder(model, model.aux_layers, layout, element)
     main_heads = {
@@ -165,28 +170,30 @@ def _phases(
         "electra": full_head,
         "clm-all": full_head,
     }[objective.name]
-    pending = table if objective.name != "electra" else 0  # main head's part of the table gradient
-    main_tile = {"metro": tile, "electra": 0, "clm-all": full_tile}[objective.name]
+    main_chunk = {"metro": chunk, "electra": 0, "clm-all": full_chunk}[objective.name]
     both = aux + main + ids
+    heads = masked_head + main_heads
     early = [
-        (both, rounded + pending + masked_head + main_heads + max(3 * stream, main_tile + stream)),
-        (both + top, rounded + pending + masked_head),
+        (both, rounded + table + heads + main_chunk + stream),
+        (both, table + heads + max(table, 3 * stream)),
+        (both + top, table + masked_head),
     ]
     aux_top = _top_layer(model, model.aux_layers, layout, element)
     late = [
         # The main encoder's lookups keep their rows for the table.
-        (aux + ids + 2 * stream, rounded + pending + table + masked_head + tile),
-        (aux + ids + stream + aux_top, rounded + table),
+        (aux + ids + 2 * stream, table + masked_head),
+        (aux + ids + stream + aux_top, table),
         table_phase,
     ]
     return early, late
 
 
-def _head_tile(rows: int, vocab_size: int, element: int, device: str) -> float:
+def _head_chunk(rows: int, vocab_size: int, element: int, device: str) -> float:
     """Bytes of the logits that a vocabulary head holds at a time."""
-    fitting = TILE_BYTES[device][element] // element // rows // SAMPLE_TILE * SAMPLE_TILE
-    columns = min(max(fitting, SAMPLE_TILE), TILE_COLUMNS[device], vocab_size)
-    return element * rows * columns
+    least, most = CHUNK_ROWS[device]
+    fitting = min(max(CHUNK_ELEMENTS[device] // vocab_size, least), most)
+    chunks = math.ceil(rows / max(fitting, math.ceil(rows / MOST_CHUNKS)))
+    return element * vocab_size * math.ceil(rows / chunks)
 
 
 def _encoder(model: ModelConfig, layers: int, layout: Layout, element: int) -> float:

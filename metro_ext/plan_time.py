@@ -122,8 +122,8 @@ def executed_flops(
 ) -> dict[str, float]:
     """FLOPs of one micro-batch of `tokens`, full sequences, by the rate that they run at.
 
-    Beyond the useful ones (`metro_ext.presets.flops_per_token`) these are the logits and attention
-    scores that the operators' backward passes compute again, and recomputed layers.
+    Beyond the useful ones (`metro_ext.presets.flops_per_token`) these are the attention scores that
+    the operator's backward pass computes again, and recomputed layers.
     """
     hidden, length = model.hidden, model.sequence_length
     aux = model.aux_layers if objective.name != "mlm" else 0
@@ -139,7 +139,7 @@ def executed_flops(
     transforms = 2 * (masked * rows + full * tokens) * hidden * hidden
     logits = 2 * vocabulary_rows * hidden * model.vocab_size
     return {
-        "matrix": (3 * layers + again) * layer + 3 * transforms + 4 * logits,
+        "matrix": (3 * layers + again) * layer + 3 * transforms + 3 * logits,
         "attention_forward": (layers + again) * 2 * product,
         "attention_backward": layers * 5 * product,
     }

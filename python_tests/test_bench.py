@@ -425,3 +425,32 @@ def test_mfu_is_useful_work_over_the_data_sheet(monkeypatch):
     options.device = "cuda"
     figures = step._utilisation(options, 989e12, {"ours": 2.0, "hf": 4.0})
     assert figures == {"mfu": {"ours": 0.5, "hf": 0.25}}
+
+
+def test_the_graphed_step_takes_the_steps_of_the_eager_one(monkeypatch):
+    """With the graph's launch replaced by a call of what it would have captured."""
+
+    class Called:
+        def __init__(self, take, device):
+            self.take = take
+
+        def __call__(self):
+            self.take()
+
+    monkeypatch.setattr(step, "GraphedStep", Called)
+    options = step.parse([*TINY_STEP, "--precision", "fp32"])
+    eager, graphed = step.OurStep(options), step.OurGraphedStep(options)
+    next(eager.batches)  # the one whose shapes the graph was made for
+    for _ in range(step.WARM_UP_STEPS + 1):
+        eager()
+    for _ in range(3):
+        assert float(graphed()) == pytest.approx(float(eager()), rel=1e-5)
+
+
+def test_a_graph_is_for_cuda_and_the_step_as_it_is():
+    options = step.parse(["--precision", "bf16"])
+    assert step.own_names(options) == ["ours"]
+    options.device = "cuda"
+    assert step.own_names(options) == ["ours", "ours graphed"]
+    options.compile_ours = True
+    assert step.own_names(options) == ["ours"]

@@ -4,7 +4,9 @@ import pytest
 import torch
 from test_devices import CALLS, operators
 
-OPERATORS = ("bias_gelu", "attention", "vocab_head", "rtd_head", "pretrain_loss")
+from metro_ext.ops import vocab_head_loss
+
+OPERATORS = ("bias_gelu", "attention", "layer_norm", "rtd_head", "pretrain_loss")
 
 
 def outcome(name: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -29,3 +31,12 @@ def test_gradients_of_gradients_are_refused(name):
 def test_gradients_are_not(name):
     total, leaves = outcome(name)
     torch.autograd.grad(total, leaves, allow_unused=True)
+
+
+def test_those_of_the_vocabulary_head_are_refused_too():
+    hidden, weight, bias, target, *_ = CALLS["vocab_head"]
+    leaves = [value.clone().requires_grad_() for value in (hidden, weight, bias)]
+    loss, _ = vocab_head_loss(*leaves, target)
+    with pytest.raises(RuntimeError, match="vocab_head_gradients: expected a backward pass with"):
+        torch.autograd.grad(loss, leaves, create_graph=True)
+    torch.autograd.grad(vocab_head_loss(*leaves, target)[0], leaves)

@@ -7,7 +7,7 @@ from torch import Tensor
 from bench.cases.common import Contender, OpCase, compiled, needs, random, seeded
 from bench.peers.sampling import SAMPLING
 from bench.timing import Work
-from metro_ext.ops import vocab_head
+from metro_ext.ops import vocab_head_loss
 
 SHAPES = {"cpu": ((614, 768, 65536),), "cuda": ((614, 768, 65536), (10240, 768, 65536))}
 SMALL_SHAPES = ((16, 32, 128),)
@@ -48,7 +48,7 @@ def _case(device: str, rows: int, hidden: int, vocab: int, sampled: bool) -> OpC
 
 def _sampled(device: str) -> dict[str, Contender]:
     return {
-        "ours": Contender(lambda: vocab_head),
+        "ours": Contender(lambda: _ours),
         "eager multinomial": Contender(lambda: _torch("multinomial"), as_activations=True),
         "eager cdf": Contender(lambda: _torch("cdf"), as_activations=True),
         "compiled gumbel": Contender(compiled(_torch("gumbel")), as_activations=True),
@@ -62,7 +62,7 @@ def _sampled(device: str) -> dict[str, Contender]:
 
 def _unsampled(device: str) -> dict[str, Contender]:
     return {
-        "ours": Contender(lambda: vocab_head),
+        "ours": Contender(lambda: _ours),
         "eager": Contender(lambda: _torch(""), as_activations=True),
         "compiled": Contender(compiled(_torch("")), as_activations=True),
         **_libraries(device, NO_HITS),
@@ -84,17 +84,23 @@ def _libraries(device: str, lesser: str) -> dict[str, Contender]:
     }
 
 
+def _ours(**inputs: Tensor) -> tuple:
+    """The summed loss, nll [N], log-sum-exp [N], hits [N] and samples [N]."""
+    loss, head = vocab_head_loss(**inputs)
+    return loss, *head
+
+
 def _torch(sampling: str):
-    """nll [N], hits [N] and, with a key of `SAMPLING`, samples [N]."""
+    """The summed loss, hits [N] and, with a key of `SAMPLING`, samples [N]."""
 
     def function(
         hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, **_: Tensor
     ) -> tuple:
         logits = F.linear(hidden, weight, bias).float()
-        nll = F.cross_entropy(logits, target, reduction="none")
+        loss = F.cross_entropy(logits, target, reduction="sum")
         fixed = logits.detach()
         hit = fixed.argmax(-1) == target
-        return (nll, hit, SAMPLING[sampling](fixed)) if sampling else (nll, hit)
+        return (loss, hit, SAMPLING[sampling](fixed)) if sampling else (loss, hit)
 
     return function
 

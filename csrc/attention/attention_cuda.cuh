@@ -7,6 +7,7 @@
 #pragma once
 
 #include "attention/attention.h"
+#include "common/cuda_dtype.cuh"
 #include "common/cuda_launch.cuh"
 #include "common/cuda_mma.cuh"
 #include "common/cuda_vector.cuh"
@@ -282,15 +283,8 @@ cudaError_t for_head_dim(int64_t head_dim, const Body& body) {
 
 template <typename Body>
 cudaError_t for_type_and_head_dim(const AttentionParams& p, const Body& body) {
-  switch (p.dtype) {
-    case DType::kFloat32:
-      return for_head_dim<float>(p.head_dim, body);
-    case DType::kBFloat16:
-      return for_head_dim<__nv_bfloat16>(p.head_dim, body);
-    case DType::kFloat16:
-      return for_head_dim<__half>(p.head_dim, body);
-  }
-  return cudaErrorInvalidValue;
+  return by_dtype(p.dtype,
+                  [&](auto type) { return for_head_dim<decltype(type)>(p.head_dim, body); });
 }
 
 template <typename Kernel, typename... Args>

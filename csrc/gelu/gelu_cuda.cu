@@ -1,6 +1,8 @@
 // Forward: one thread per 16 bytes of x. Backward: a block owns a strip of columns and a block of
 // rows; its eight warps walk the rows, keep the columns' sums in registers, add them up in shared
 // memory in a fixed order and write one row of partial sums; a second kernel adds those.
+#include "common/cuda_columns.cuh"
+#include "common/cuda_dtype.cuh"
 #include "common/cuda_launch.cuh"
 #include "common/cuda_vector.cuh"
 #include "gelu/gelu.h"
@@ -84,24 +86,8 @@ __global__ void __launch_bounds__(kThreads)
       store<N>(grad_x + row * cols + col, grad);
     }
   }
-#pragma unroll
-  for (int i = 0; i < N; ++i) shared[warp][lane * N + i] = sums[i];
-  __syncthreads();
-  for (int i = threadIdx.x; i < kWarp * N; i += kThreads) {
-    const int64_t at = static_cast<int64_t>(blockIdx.x) * kWarp * N + i;
-    float sum = 0.0f;
-    for (int w = 0; w < kWarps; ++w) sum += shared[w][i];
-    if (at < cols) partials[blockIdx.y * cols + at] = sum;
-  }
-}
-
-__global__ void __launch_bounds__(kThreads)
-    column_sum_kernel(const float* partials, float* out, int64_t blocks, int64_t cols) {
-  const int64_t col = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (col >= cols) return;
-  float sum = 0.0f;
-  for (int64_t block = 0; block < blocks; ++block) sum += partials[block * cols + col];
-  out[col] = sum;
+  cuda::write_column_sums<kWarps, N>(sums, shared, partials + blockIdx.y * cols,
+                                     static_cast<int64_t>(blockIdx.x) * kWarp * N, cols);
 }
 
 template <typename T, int N>
@@ -128,9 +114,7 @@ cudaError_t backward(const BiasGeluBackwardParams& p, void* stream) {
                                    static_cast<const T*>(p.grad_out), static_cast<const T*>(p.x),
                                    p.bias, static_cast<T*>(p.grad_x), p.partials, p.rows, p.cols);
   if (error != cudaSuccess) return error;
-  return launch(column_sum_kernel, dim3(static_cast<unsigned>(ceil_div(p.cols, kThreads))),
-                dim3(kThreads), 0, stream, static_cast<const float*>(p.partials), p.grad_bias,
-                blocks, p.cols);
+  return cuda::launch_column_sum(p.partials, p.grad_bias, blocks, p.cols, false, stream);
 }
 
 template <typename T>
@@ -143,27 +127,13 @@ cudaError_t backward_any_width(const BiasGeluBackwardParams& p, void* stream) {
 }  // namespace
 
 int bias_gelu_cuda(const BiasGeluParams& p, void* stream) {
-  switch (p.dtype) {
-    case DType::kFloat32:
-      return forward_any_width<float>(p, stream);
-    case DType::kBFloat16:
-      return forward_any_width<__nv_bfloat16>(p, stream);
-    case DType::kFloat16:
-      return forward_any_width<__half>(p, stream);
-  }
-  return cudaErrorInvalidValue;
+  return cuda::by_dtype(p.dtype,
+                        [&](auto type) { return forward_any_width<decltype(type)>(p, stream); });
 }
 
 int bias_gelu_backward_cuda(const BiasGeluBackwardParams& p, void* stream) {
-  switch (p.dtype) {
-    case DType::kFloat32:
-      return backward_any_width<float>(p, stream);
-    case DType::kBFloat16:
-      return backward_any_width<__nv_bfloat16>(p, stream);
-    case DType::kFloat16:
-      return backward_any_width<__half>(p, stream);
-  }
-  return cudaErrorInvalidValue;
+  return cuda::by_dtype(p.dtype,
+                        [&](auto type) { return backward_any_width<decltype(type)>(p, stream); });
 }
 
 }  // namespace metro

@@ -5,6 +5,8 @@
 // keeps its weights and their gradient's sums in registers; the eight warps' sums are added in a
 // fixed order, and a second kernel adds those of the blocks.
 #include "common/cuda_columns.cuh"
+#include "common/cuda_dtype.cuh"
+#include "common/cuda_reduce.cuh"
 #include "common/cuda_vector.cuh"
 #include "rtd_head/rtd_head.h"
 
@@ -16,15 +18,10 @@ using cuda::kWarp;
 using cuda::launch;
 using cuda::load;
 using cuda::store;
+using cuda::warp_sum;
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
-
-__device__ inline float warp_sum(float x) {
-#pragma unroll
-  for (int bit = kWarp / 2; bit > 0; bit /= 2) x += __shfl_xor_sync(0xffffffffu, x, bit);
-  return x;
-}
 
 // max() would lose a NaN; the comparison keeps it.
 __device__ inline float softplus(float z) {
@@ -74,7 +71,7 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ int64_t shared[kWarps];
   int64_t sum = 0;
   for (int64_t block = threadIdx.x; block < blocks; block += kThreads) sum += partials[block];
-  for (int bit = kWarp / 2; bit > 0; bit /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, bit);
+  sum = warp_sum(sum);
   if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = sum;
   __syncthreads();
   if (threadIdx.x != 0) return;
@@ -109,17 +106,10 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(RtdHeadBackwardParam
     }
     store<N>(static_cast<T*>(p.grad_hidden) + row * p.cols + col, x);
   }
-#pragma unroll
-  for (int i = 0; i < N; ++i) shared[warp][lane * N + i] = sums[i];
   if (lane == 0) shared_bias[warp] = bias_sum;
-  __syncthreads();
   float* partials = p.partials + blockIdx.y * (p.cols + 1);
-  for (int i = threadIdx.x; i < kWarp * N; i += kThreads) {
-    const int64_t at = static_cast<int64_t>(blockIdx.x) * kWarp * N + i;
-    float sum = 0.0f;
-    for (int w = 0; w < kWarps; ++w) sum += shared[w][i];
-    if (at < p.cols) partials[at] = sum;
-  }
+  cuda::write_column_sums<kWarps, N>(sums, shared, partials,
+                                     static_cast<int64_t>(blockIdx.x) * kWarp * N, p.cols);
   if (blockIdx.x == 0 && threadIdx.x == 0) {
     float sum = 0.0f;
     for (int w = 0; w < kWarps; ++w) sum += shared_bias[w];
@@ -173,15 +163,7 @@ cudaError_t any_width(const RtdHeadBackwardParams& p, void* stream) {
 
 template <typename Params>
 cudaError_t any_type(const Params& p, void* stream) {
-  switch (p.dtype) {
-    case DType::kFloat32:
-      return any_width<float>(p, stream);
-    case DType::kBFloat16:
-      return any_width<__nv_bfloat16>(p, stream);
-    case DType::kFloat16:
-      return any_width<__half>(p, stream);
-  }
-  return cudaErrorInvalidValue;
+  return cuda::by_dtype(p.dtype, [&](auto type) { return any_width<decltype(type)>(p, stream); });
 }
 
 }  // namespace

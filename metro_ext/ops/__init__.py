@@ -16,14 +16,15 @@ from metro_ext.ops.corruption import mask_tokens, replace_tokens
 from metro_ext.ops.gelu import bias_gelu
 from metro_ext.ops.layer_norm import layer_norm
 from metro_ext.ops.linear import bias_gelu_linear, linear
-from metro_ext.ops.loss import METRICS, pretrain_loss
+from metro_ext.ops.loss import METRICS, pretrain_loss, row_gradient
 from metro_ext.ops.rtd_head import rtd_head
 from metro_ext.ops.token_table import TokenTable
-from metro_ext.ops.vocab_head import VocabHead, vocab_head
+from metro_ext.ops.vocab_head import HeadGradients, VocabHead, vocab_head, vocab_head_loss
 
 __all__ = [
     "METRICS",
     "_C",
+    "HeadGradients",
     "TokenTable",
     "VocabHead",
     "attention",
@@ -35,6 +36,8 @@ __all__ = [
     "pretrain_loss",
     "relative_bias",
     "replace_tokens",
+    "row_gradient",
     "rtd_head",
     "vocab_head",
+    "vocab_head_loss",
 ]

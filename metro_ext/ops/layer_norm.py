@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from metro_ext import _C  # noqa: F401  (registers torch.ops.metro)
+from metro_ext.ops.first_order import first_order
 
 
 def layer_norm(
@@ -71,6 +72,7 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(sum, mean, rstd, weight, seed)
 
 
+@first_order("metro::layer_norm")
 def _backward(ctx, grad_out, _sum, _mean, _rstd):
     grad_x, grad_residual, grad_bias, grad_weight, grad_shift = torch.ops.metro.layer_norm_backward(
         grad_out, *ctx.saved_tensors, ctx.p, ctx.draw

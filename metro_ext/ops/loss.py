@@ -63,6 +63,21 @@ def pretrain_loss(
     return torch.ops.metro.pretrain_loss(*parts, denominators, mlm_weight, rtd_weight, clm_weight)
 
 
+def row_gradient(weight: float, target: Tensor, denominator: Tensor | None = None) -> Tensor:
+    """The gradient of :func:`pretrain_loss` by the nll of a row that counts, known beforehand.
+
+    Args:
+        weight: of the part, ``mlm_weight`` or ``clm_weight``.
+        target: int64 [N], the part's; rows with -100 do not count.
+        denominator: float32 [], the part's; None: its own count.
+
+    Returns:
+        float32 [], weight / denominator.
+    """
+    count = (target != -100).sum() if denominator is None else denominator
+    return weight / count.clamp_min(1)  # where it is 0, no row counts
+
+
 @torch.library.register_fake("metro::pretrain_loss")
 def _(mlm_nll, mlm_hit, mlm_target, rtd_loss, rtd_logit, label, clm_nll, *_):
     given = next(t for t in (mlm_nll, rtd_loss, clm_nll) if t is not None)

@@ -1,4 +1,9 @@
-"""Cross-entropy over a large vocabulary, and a sample from it, without holding the logits."""
+"""Cross-entropy over a large vocabulary, and a sample from it, without holding the logits.
+
+The gradients of the loss are computed in the forward pass, from the logits that are at hand there:
+to come back for them would mean to compute the logits, a third of all the work, a second time. What
+makes this possible is that the loss is a sum: each row's weight in it is known beforehand.
+"""
 
 from typing import NamedTuple
 
@@ -10,7 +15,7 @@ from metro_ext.ops.first_order import first_order
 
 
 class VocabHead(NamedTuple):
-    """What :func:`vocab_head` gives for N rows. Only ``nll`` is differentiable."""
+    """What :func:`vocab_head` gives for N rows; none of it carries a gradient."""
 
     nll: Tensor  # float32 [N], -log softmax(logits)[target] in nats; 0 where ignored
     lse: Tensor  # float32 [N], log Σ exp(logits)
@@ -27,7 +32,7 @@ def vocab_head(
     temperature: float = 1.0,
     draw: int = 0,
 ) -> VocabHead:
-    """Loss, hits and samples of the logits ``hidden @ weight.T + bias``, tile by tile.
+    """Losses, hits and samples of the logits ``hidden @ weight.T + bias``, without gradients.
 
     Args:
         hidden: activations [N, H], float32 or bfloat16 (float16 on CUDA).
@@ -45,16 +50,132 @@ def vocab_head(
 
     Samples depend on the seed, ``draw``, the row's index and its logits alone; csrc/vocab_head/
     vocab_head.h describes the scheme (Gumbel-max over tiles, inverse CDF inside the winner).
-    Neither pass holds an N × V matrix: the backward pass computes the logits again. All results
-    are deterministic.
+    Logits are held a chunk of rows at a time, never N × V. All results are deterministic.
 
     Raises:
         RuntimeError: a shape, dtype, device, the temperature, or (on the CPU) a target is not as
             above.
     """
-    return VocabHead(
-        *torch.ops.metro.vocab_head(hidden, weight, bias, target, seed, temperature, draw)
-    )
+    plain = _plain(hidden, weight, bias)
+    return VocabHead(*torch.ops.metro.vocab_head(*plain, target, seed, temperature, draw))
+
+
+def vocab_head_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    target: Tensor,
+    scale: Tensor | float = 1.0,
+    seed: Tensor | None = None,
+    temperature: float = 1.0,
+    draw: int = 0,
+) -> tuple[Tensor, VocabHead]:
+    """``scale`` times the sum of the losses of :func:`vocab_head`, with gradients.
+
+    Args:
+        scale: a number, or float32 of one element on the device of the data; for a mean
+            1 / (number of targets). It is part of the gradients that the forward pass computes, in
+            the dtype of ``hidden``: in float16 leave it near 1, and scale the loss.
+
+    Returns:
+        loss: float32 [], differentiable by ``hidden``, ``weight`` and ``bias``.
+        head: as :func:`vocab_head` gives it.
+
+    Raises:
+        RuntimeError: as :func:`vocab_head`, or ``scale`` is not as above.
+    """
+    if not isinstance(scale, Tensor):
+        scale = hidden.new_full((), scale, dtype=torch.float32)
+    gradients = HeadGradients(weight)
+    head = gradients.vocab_head(hidden, bias, target, scale, seed, temperature, draw)
+    return gradients.attach(head.nll.sum() * scale.detach().reshape(())), head
+
+
+class HeadGradients:
+    """The gradients of one loss by the heads that are tied to one matrix.
+
+    All of them add into a single gradient of the matrix, which at a vocabulary of 64K and a width
+    of 768 is 100 MB in bfloat16::
+
+        gradients = HeadGradients(weight)
+        first = gradients.vocab_head(hidden, bias, target, scale)
+        second = gradients.vocab_head(other_hidden, other_bias, other_target, other_scale)
+        loss = gradients.attach(scale * first.nll.sum() + other_scale * second.nll.sum() + more)
+
+    Args:
+        weight: the matrix [V, H].
+    """
+
+    def __init__(self, weight: Tensor):
+        self._weight = weight
+        self._grad_weight: Tensor | None = None
+        self._inputs: list[Tensor] = []
+        self._grads: list[Tensor] = []
+
+    def vocab_head(
+        self,
+        hidden: Tensor,
+        bias: Tensor,
+        target: Tensor,
+        scale: Tensor,
+        seed: Tensor | None = None,
+        temperature: float = 1.0,
+        draw: int = 0,
+    ) -> VocabHead:
+        """:func:`vocab_head`, and the gradients of ``scale · nll.sum()`` where they are needed.
+
+        ``scale``: float32 of one element, on the device of the data.
+        """
+        given = hidden, self._weight, bias
+        if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)):
+            return vocab_head(*given, target, seed, temperature, draw)
+        hidden_plain, weight, bias_plain = _plain(*given)
+        is_first = self._grad_weight is None
+        if is_first:
+            self._grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        *head, grad_hidden, grad_bias = torch.ops.metro.vocab_head_gradients(
+            hidden_plain, weight, bias_plain, target, seed, temperature, draw, scale.detach(),
+            self._grad_weight, not is_first,
+        )  # fmt: skip
+        self._inputs += [hidden, bias]
+        self._grads += [grad_hidden, grad_bias]
+        return VocabHead(*head)
+
+    def attach(self, loss: Tensor, with_matrix: bool = True) -> Tensor:
+        """``loss``, with the gradients by the heads' inputs on top of those that it has.
+
+        It is the caller's part that ``loss`` contains ``scale · nll.sum()`` of every head since the
+        last call. with_matrix: the matrix's gradient too; else it waits for a later call, to whose
+        loss these heads then belong as far as the matrix is concerned.
+        """
+        if self._grad_weight is None:
+            return loss
+        inputs, grads = self._inputs, self._grads
+        self._inputs, self._grads = [], []
+        if with_matrix:
+            inputs, grads = [*inputs, self._weight], [*grads, self._grad_weight]
+        return _Attach.apply(loss, len(inputs), *inputs, *grads)
+
+
+class _Attach(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, loss: Tensor, count: int, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors[count:])
+        return loss.clone()
+
+    @staticmethod
+    @first_order("metro::vocab_head_gradients")
+    def backward(ctx, grad_loss: Tensor):
+        # In place, as the matrix's is large; a second backward pass is then refused by autograd.
+        # On the CPU a look at the factor, mostly 1, is free.
+        grads = ctx.saved_tensors
+        if grad_loss.is_cuda or torch.compiler.is_compiling() or grad_loss.item() != 1.0:
+            grads = [grad.mul_(grad_loss) for grad in grads]
+        return grad_loss, None, *grads, *[None] * len(grads)
+
+
+def _plain(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(tensor.detach() for tensor in tensors)
 
 
 @torch.library.register_fake("metro::vocab_head")
@@ -66,27 +187,13 @@ def _(hidden, weight, bias, target, seed, temperature, draw):
     return nll, torch.empty_like(nll), hit, sample
 
 
-@torch.library.register_fake("metro::vocab_head_backward")
-def _(grad_nll, lse, hidden, weight, bias, target):
-    contiguous = torch.contiguous_format
-    return (
-        torch.empty_like(hidden, memory_format=contiguous),
-        torch.empty_like(weight, memory_format=contiguous),
-        torch.empty_like(bias, memory_format=contiguous),
-    )
-
-
-def _setup_context(ctx, inputs, output):
-    hidden, weight, bias, target, *_ = inputs
-    _, lse, hit, sample = output
-    ctx.mark_non_differentiable(lse, hit, sample)
-    ctx.save_for_backward(lse, hidden, weight, bias, target)
-
-
-@first_order("metro::vocab_head")
-def _backward(ctx, grad_nll, *_):
-    grads = torch.ops.metro.vocab_head_backward(grad_nll, *ctx.saved_tensors)
-    return *grads, None, None, None, None
-
-
-torch.library.register_autograd("metro::vocab_head", _backward, setup_context=_setup_context)
+@torch.library.register_fake("metro::vocab_head_gradients")
+def _(
+    hidden, weight, bias, target, seed, temperature, draw, scale, grad_weight, accumulate
+):  # fmt: skip
+    rows = hidden.shape[0]
+    nll = hidden.new_empty(rows, dtype=torch.float32)
+    hit = hidden.new_empty(rows, dtype=torch.uint8)
+    sample = hidden.new_empty(rows if seed is not None else 0, dtype=torch.int64)
+    grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+    return nll, torch.empty_like(nll), hit, sample, grad_hidden, torch.empty_like(bias)
