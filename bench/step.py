@@ -132,6 +132,7 @@ class OurStep:
         self.objective = (
             torch.compile(objective, dynamic=False) if options.compile_ours else objective
         )
+        self.early_backward = not options.compile_ours  # as metro_ext.parallel.engine chooses
         self.batches = itertools.cycle(
             [self._pack(batch, seed) for seed, batch in enumerate(random_batches(options))]
         )
@@ -149,7 +150,7 @@ class OurStep:
         """The loss [], detached."""
         tokens, packing = next(self.batches)
         self.optimizer.zero_grad()
-        loss = self.objective(self.model, tokens, packing).loss
+        loss = self.objective(self.model, tokens, packing, early_backward=self.early_backward).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.clip_norm)
         self.optimizer.step(self.optim.lr)

@@ -20,12 +20,14 @@ from torch import Tensor, nn
 
 from metro_ext.config_schema import ModelConfig
 from metro_ext.ops import (
+    Normed,
     TokenTable,
     attention,
     bias_gelu,
     bias_gelu_linear,
     layer_norm,
     linear,
+    normed,
     relative_bias,
 )
 
@@ -64,6 +66,10 @@ class LayerNorm(nn.Module):
     def forward(self, x: Tensor, **fused) -> Tensor:
         return layer_norm(x, self.weight, self.bias, eps=self.eps, **fused)
 
+    def normed(self, x: Tensor, **fused) -> Normed:
+        """The same, for users that may compute it again."""
+        return normed(x, self.weight, self.bias, eps=self.eps, **fused)
+
 
 class Embeddings(nn.Module):
     """LayerNorm(token + position): [T] ids -> [T, H]."""
@@ -83,18 +89,24 @@ class Embeddings(nn.Module):
         )
         self.norm = share.norm if share_all else LayerNorm(config.hidden, config.layer_norm_eps)
 
-    def forward(self, tokens: Tensor, positions: Tensor, table: TokenTable) -> Tensor:
+    def forward(self, tokens: Tensor, positions: Tensor, table: TokenTable) -> Normed:
         rows = table.rows(tokens)
-        return self.norm(rows, residual=F.embedding(positions, self.position).to(rows.dtype))
+        positional = F.embedding(positions, self.position).to(rows.dtype)
+        return self.norm.normed(rows, residual=positional)
 
 
 class Layer(nn.Module):
-    """One post-LayerNorm block: attention, then the feed-forward network."""
+    """One post-LayerNorm block: attention, then the feed-forward network.
+
+    recompute_norms: the matrix products keep no output of a norm for the backward pass, but have it
+        computed again. Costs a pass over [T, H] for each, saves two of [T, H] a layer.
+    """
 
     def __init__(self, config: ModelConfig, dropout: float, draw: int):
         super().__init__()
         hidden, ffn = config.hidden, config.ffn
         self.heads, self.dropout, self.draw = config.heads, dropout, draw
+        self.recompute_norms = False
         self.qkv = nn.Linear(hidden, 3 * hidden)
         self.attention_out = nn.Linear(hidden, hidden)
         self.attention_norm = LayerNorm(hidden, config.layer_norm_eps)
@@ -102,12 +114,12 @@ class Layer(nn.Module):
         self.ffn_out = nn.Linear(ffn, hidden)
         self.ffn_norm = LayerNorm(hidden, config.layer_norm_eps)
 
-    def forward(self, x: Tensor, packing: Packing, bias: Tensor, training: bool) -> Tensor:
+    def forward(self, x: Normed, packing: Packing, bias: Tensor, training: bool) -> Normed:
         """x [T, H] -> [T, H]; bias float32 [heads, 2 L - 1]."""
         p = self.dropout if training else 0.0
         seed = packing.seed if p > 0 else None
-        tokens, hidden = x.shape
-        qkv = linear(x, self.qkv.weight, self.qkv.bias)
+        tokens, hidden = x.out.shape
+        qkv = linear(self._operand(x), self.qkv.weight, self.qkv.bias)
         mixed = attention(
             qkv.view(tokens, 3, self.heads, hidden // self.heads),
             packing.cu_seqlens,
@@ -117,23 +129,27 @@ class Layer(nn.Module):
             p=p,
             draw=self.draw,
         ).view(tokens, hidden)
-        x = self.attention_norm(
+        x = self.attention_norm.normed(
             linear(mixed, self.attention_out.weight),
             bias=self.attention_out.bias,
-            residual=x,
+            residual=x.out,
             seed=seed,
             p=p,
             draw=self.draw + 1,
         )
-        inner = linear(x, self.ffn_in.weight)  # its bias is added by the fused operator
-        return self.ffn_norm(
+        # Its bias is added by the fused operator.
+        inner = linear(self._operand(x), self.ffn_in.weight)
+        return self.ffn_norm.normed(
             bias_gelu_linear(inner, self.ffn_in.bias, self.ffn_out.weight),
             bias=self.ffn_out.bias,
-            residual=x,
+            residual=x.out,
             seed=seed,
             p=p,
             draw=self.draw + 2,
         )
+
+    def _operand(self, x: Normed) -> Normed | Tensor:
+        return x if self.recompute_norms else x.out
 
 
 class Encoder(nn.Module):
@@ -162,7 +178,7 @@ class Encoder(nn.Module):
         )
         for layer in self.layers:
             x = layer(x, packing, bias, self.training)
-        return x
+        return x.out
 
 
 class Transform(nn.Module):

@@ -79,11 +79,17 @@ class Objective:
         tokens: Tensor,
         packing: Packing,
         denominators: Tensor | None = None,
+        early_backward: bool = False,
     ) -> StepOutput:
         """One micro-batch of int64 tokens [T].
 
-        ``denominators`` (float32 [3]: MLM, RTD and CLM counts) replace this batch's own counts
-        where a step has several micro-batches or ranks.
+        Args:
+            denominators: float32 [3], MLM, RTD and CLM counts, in the place of this batch's own
+                where a step has several micro-batches or ranks.
+            early_backward: the auxiliary model goes backward before the main one runs, into the
+                ``grad`` of its parameters. Nothing flows from one to the other, so the gradients
+                are the same, and the activations of the two are never held together. ``loss`` is
+                still the whole loss; its ``backward`` is for the rest.
         """
         count = mask_count(tokens.numel(), self.config.mask_fraction)
         masked, position, target = mask_tokens(
@@ -96,21 +102,23 @@ class Objective:
             mask_fraction=self.config.mask_token_fraction,
             random_fraction=self.config.random_token_fraction,
         )
+        table = model.main.table(self.dtype)
         if model.objective == "mlm":
-            table = model.main.table(self.dtype)
             hidden = model.main(masked, packing, table)
             mlm = self._vocabulary(table, model.main_head, hidden[position], target)
             loss, metrics = self._loss(denominators, mlm=(mlm.nll, mlm.hit, target))
             return StepOutput(loss, metrics, masked, position, target, None, None, None)
 
-        table = model.auxiliary.table(self.dtype)
-        hidden = model.auxiliary(masked, packing, table)
-        mlm = self._vocabulary(table, model.auxiliary_head, hidden[position], target, packing.seed)
-        corrupted, label = replace_tokens(tokens, position, target, mlm.sample, pad_id=PAD_ID)
-        if model.config.share_embeddings == "none":
-            table = model.main.table(self.dtype)
+        sample, mlm_part = self._auxiliary(
+            model, table, masked, position, target, packing, early_backward
+        )
+        parts, early = {"mlm": mlm_part}, None
+        if early_backward:
+            early = self._loss(denominators, **parts)
+            early[0].backward()
+            parts.clear()
+        corrupted, label = replace_tokens(tokens, position, target, sample, pad_id=PAD_ID)
         hidden = model.main(corrupted, packing, table)
-        parts = {"mlm": (mlm.nll, mlm.hit, target)}
         logit = None
         if model.rtd_head is not None:
             head = model.rtd_head
@@ -124,7 +132,28 @@ class Objective:
             clm = self._vocabulary(table, model.main_head, rows, clm_target)
             parts["clm"] = (clm.nll, clm.hit, clm_target)
         loss, metrics = self._loss(denominators, **parts)
+        if early is not None:
+            loss, metrics = loss + early[0].detach(), metrics + early[1]
         return StepOutput(loss, metrics, masked, position, target, corrupted, label, logit)
+
+    def _auxiliary(
+        self,
+        model: PretrainingModel,
+        table: TokenTable,
+        masked: Tensor,
+        position: Tensor,
+        target: Tensor,
+        packing: Packing,
+        early_backward: bool,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """The samples int64 [N], and the auxiliary model's part of the loss."""
+        if model.config.share_embeddings == "none":
+            table = model.auxiliary.table(self.dtype)
+        elif early_backward:
+            table = table.apart()
+        hidden = model.auxiliary(masked, packing, table)
+        mlm = self._vocabulary(table, model.auxiliary_head, hidden[position], target, packing.seed)
+        return mlm.sample, (mlm.nll, mlm.hit, target)
 
     def _vocabulary(
         self,

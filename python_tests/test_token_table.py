@@ -63,3 +63,17 @@ def test_compiles_whole(device):
     (ours,) = torch.autograd.grad(torch.compile(function, fullgraph=True)(weight, tokens), weight)
     (expected,) = torch.autograd.grad(function(weight, tokens), weight)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_part_that_goes_backward_first_adds_to_the_rest(device):
+    weight, tokens = inputs(device)
+    table = TokenTable(weight, torch.float32)
+    early = table.apart()
+    uses(early.matrix, early.rows, tokens.flip(0)).backward()
+    assert weight.grad is None
+    uses(table.matrix, table.rows, tokens).backward()
+    exact = weight.detach().double().requires_grad_()
+    both = uses(exact, lambda t: exact[t], tokens) + uses(exact, lambda t: exact[t], tokens.flip(0))
+    both.backward()
+    assert relative_error(weight.grad, exact.grad) < 1e-6

@@ -1,5 +1,7 @@
 """A token embedding table that is read by lookups and by tied vocabulary heads in one step."""
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,6 +18,8 @@ class TokenTable:
         weight: float32 [V, H].
         dtype: of rows and matrix; the rounded copy is made once.
 
+    matrix: [V, H] in `dtype`, for heads tied to the table.
+
     An instance serves one forward and backward pass. Under ``torch.compile``, which cannot follow
     the collection, it is plain autograd.
     """
@@ -24,7 +28,22 @@ class TokenTable:
         self.weight = weight
         self.plain = torch.compiler.is_compiling()
         self.lookups: list[tuple[Tensor, Tensor]] = []
-        self.matrix = weight.to(dtype) if self.plain else _Table.apply(weight, dtype, self.lookups)
+        self.waiting: list[Tensor] = []  # leaves with the gradient that `apart` tables got
+        self.matrix = (
+            weight.to(dtype)
+            if self.plain
+            else _Table.apply(weight, dtype, self.lookups, self.waiting)
+        )
+
+    def apart(self) -> "TokenTable":
+        """The same table for a part of the step that goes backward by itself, before the rest.
+
+        What it collects reaches ``weight`` with this table's own backward pass.
+        """
+        other = copy.copy(self)
+        other.matrix = self.matrix.detach().requires_grad_()
+        self.waiting.append(other.matrix)
+        return other
 
     def rows(self, tokens: Tensor) -> Tensor:
         """The rows of int64 tokens [T]: [T, H] in the table's dtype."""
@@ -35,10 +54,10 @@ class TokenTable:
 
 class _Table(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight: Tensor, dtype: torch.dtype, lookups: list) -> Tensor:
+    def forward(ctx, weight: Tensor, dtype: torch.dtype, lookups: list, waiting: list) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(weight)
-        ctx.lookups = lookups
+        ctx.lookups, ctx.waiting = lookups, waiting
         return weight.to(dtype) if weight.dtype != dtype else weight.view_as(weight)
 
     @staticmethod
@@ -46,10 +65,22 @@ class _Table(torch.autograd.Function):
         # Autograd comes here after every use of the matrix, so the lookups have all reported.
         (weight,) = ctx.saved_tensors
         grad = torch.zeros_like(weight) if grad is None else grad.to(weight.dtype)
+        for leaf in ctx.waiting:
+            if leaf.grad is not None:
+                grad.add_(leaf.grad)
         for tokens, rows in ctx.lookups:
-            grad.index_put_((tokens,), rows.to(weight.dtype), accumulate=True)
+            _add_rows(grad, tokens, rows.to(weight.dtype))
         ctx.lookups.clear()
-        return grad, None, None
+        ctx.waiting.clear()
+        return grad, None, None, None
+
+
+def _add_rows(grad: Tensor, tokens: Tensor, rows: Tensor) -> None:
+    """grad[tokens] += rows, in a fixed order where a token repeats."""
+    if grad.is_cuda:  # index_add_ there adds in any order
+        grad.index_put_((tokens,), rows, accumulate=True)
+    else:  # index_put_ here takes twenty times as long
+        grad.index_add_(0, tokens, rows)
 
 
 class _Lookup(torch.autograd.Function):
