@@ -30,12 +30,13 @@ from bench.peers.sampling import SAMPLING
 from bench.timing import MatrixCeiling, Stopwatch, interleave, medians, peak_memory
 from bench.workers import Worker, WorkerError, serve
 from metro_ext.command_line import run
-from metro_ext.config_schema import ModelConfig, ObjectiveConfig, OptimConfig
+from metro_ext.config_schema import ModelConfig, ObjectiveConfig, OptimConfig, RunConfig
 from metro_ext.errors import UserError
 from metro_ext.hardware import keep_freed_memory, peak_flops
 from metro_ext.model import FIRST_POSITION, Packing, PretrainingModel
 from metro_ext.objective import Objective, mask_count
 from metro_ext.optim import AdamW
+from metro_ext.parallel import recompute_layers
 from metro_ext.presets import flops_per_token
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -72,6 +73,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--peers-keep-memory", action="store_true", help="our allocator setting for the peers too"
+    )
+    parser.add_argument(
+        "--recompute", default=RunConfig().recompute, help="of ours, as run.recompute (%(default)s)"
     )
     parser.add_argument("--compile-ours", action="store_true", help="ours through torch.compile")
     parser.add_argument(
@@ -126,6 +130,7 @@ class OurStep:
         model_config, objective_config, self.optim = configs(options)
         device = torch.device(options.device)
         self.model = PretrainingModel(model_config, "metro", seed=1).to(device).train()
+        recompute_layers(self.model, options.recompute)
         self.optimizer = AdamW(self.model, self.optim)
         special = torch.tensor(SPECIAL_IDS, device=device)
         objective = Objective(objective_config, special, MASK_ID, DTYPES[options.precision])

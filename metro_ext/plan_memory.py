@@ -32,7 +32,7 @@ class Layout:
     """How a step is spread: `gpus` GPUs of `sequences` × `accumulation` sequences each.
 
     engine: ``ddp``, ``zero1`` or ``fsdp2`` (see ``metro_ext.parallel``).
-    recompute: ``none``, ``alternate`` or ``all`` layers are computed again in the backward pass.
+    recompute: ``none``, ``norms``, ``alternate`` or ``all``: what the backward pass computes again.
     sequences: of a micro-batch, each of the model's full length.
     accumulation: micro-batches of a step on one GPU.
     """
@@ -71,7 +71,7 @@ def layer_parameters(model: ModelConfig, objective: ObjectiveConfig) -> int:
 
 def recomputed_layers(layers: int, policy: str) -> int:
     """How many of an encoder's layers `metro_ext.parallel.recompute_layers` takes."""
-    return {"none": 0, "alternate": math.ceil(layers / 2), "all": layers}[policy]
+    return {"none": 0, "norms": 0, "alternate": math.ceil(layers / 2), "all": layers}[policy]
 
 
 def peak_memory(
@@ -153,12 +153,10 @@ def _phases(
         layers = model.layers + (model.aux_layers if objective.name != "mlm" else 0)
         count = parameter_count(model, objective).total
         root = FP32 * (count - layers * layer_parameters(model, objective))
-    table_phase = (2 * stream + ids, conversion + root)
-
     if objective.name == "mlm":
         heads = rounded + table
         early = [(main + ids + stream, heads + masked_head + tile), (main + ids + top, heads)]
-        return early, [table_phase]
+        return early, [(2 * stream + ids, conversion + root)]
     aux = _encoder(model, model.aux_layers, layout, element)
     main_heads = {
         "metro": masked_head + full_head,
@@ -167,17 +165,24 @@ def _phases(
     }[objective.name]
     pending = table if objective.name != "electra" else 0  # main head's part of the table gradient
     main_tile = {"metro": tile, "electra": 0, "clm-all": full_tile}[objective.name]
-    both = aux + main + ids
+    # One process takes the auxiliary model backward before the main one runs: what is left of it
+    # is its part of the table's gradient, and the main head's is not there yet.
+    alone = layout.engine == "ddp" and layout.gpus == 1
+    both = (0 if alone else aux) + main + ids
+    held = rounded + pending + (table if alone else masked_head)
     early = [
-        (both, rounded + pending + masked_head + main_heads + max(3 * stream, main_tile + stream)),
-        (both + top, rounded + pending + masked_head),
+        (both, held + main_heads + max(3 * stream, main_tile + stream)),
+        (both + top, held),
     ]
+    if alone:
+        pending = 0
+        conversion += table + rounded  # which its leaf holds
     aux_top = _top_layer(model, model.aux_layers, layout, element)
     late = [
         # The main encoder's lookups keep their rows for the table.
         (aux + ids + 2 * stream, rounded + pending + table + masked_head + tile),
         (aux + ids + stream + aux_top, rounded + table),
-        table_phase,
+        (2 * stream + ids, conversion + root),
     ]
     return early, late
 
@@ -190,12 +195,14 @@ def _head_tile(rows: int, vocab_size: int, element: int, device: str) -> float:
 
 
 def _encoder(model: ModelConfig, layers: int, layout: Layout, element: int) -> float:
-    """Bytes that an encoder's forward pass keeps: the norm's sum and its output, and the layers."""
+    """Bytes that an encoder's forward pass keeps: the first norm's sum, every layer's input, the
+    output, and what is inside the layers."""
     tokens = layout.sequences * model.sequence_length
     stream = element * tokens * model.hidden
     kept = layers - recomputed_layers(layers, layout.recompute)
-    inner = _layer_inner(model, tokens, element)
-    return 2 * stream + 2 * FP32 * tokens + layers * stream + kept * inner
+    inputs = 0 if layout.recompute == "norms" else layers  # else they are the norms' outputs
+    inner = _layer_inner(model, tokens, element, layout.recompute)
+    return (2 + inputs) * stream + 2 * FP32 * tokens + kept * inner
 
 
 def _top_layer(model: ModelConfig, layers: int, layout: Layout, element: int) -> float:
@@ -206,18 +213,20 @@ def _top_layer(model: ModelConfig, layers: int, layout: Layout, element: int) ->
     tokens = layout.sequences * model.sequence_length
     # Of every second layer the first is recomputed: the last one is where their number is odd.
     again = layout.recompute == "all" or (layout.recompute == "alternate" and layers % 2 == 1)
-    inner = _layer_inner(model, tokens, element) if again else 0.0
+    inner = _layer_inner(model, tokens, element, layout.recompute) if again else 0.0
     gone = 2 * element * tokens * model.hidden
     return inner + _layer_backward(model, tokens, element) - gone
 
 
-def _layer_inner(model: ModelConfig, tokens: int, element: int) -> float:
+def _layer_inner(model: ModelConfig, tokens: int, element: int, policy: str) -> float:
     """Bytes that a layer keeps beside its output, which is the next one's input.
 
     Queries, keys and values 3 H, attention's output H, two sums before norms 2 H, the first norm's
-    output H, the feed-forward input F; float32: log-sum-exp a head, mean and deviation a norm.
+    output H unless it is computed again, the feed-forward input F; float32: log-sum-exp a head,
+    mean and deviation a norm.
     """
-    activations = element * tokens * (7 * model.hidden + model.ffn)
+    width = (6 if policy == "norms" else 7) * model.hidden + model.ffn
+    activations = element * tokens * width
     return activations + FP32 * tokens * (model.heads + 4)
 
 

@@ -67,7 +67,8 @@ class _Table(torch.autograd.Function):
         grad = torch.zeros_like(weight) if grad is None else grad.to(weight.dtype)
         for leaf in ctx.waiting:
             if leaf.grad is not None:
-                grad.add_(leaf.grad)
+                for rows, more in zip(grad.split(4096), leaf.grad.split(4096), strict=True):
+                    rows.add_(more)
         for tokens, rows in ctx.lookups:
             _add_rows(grad, tokens, rows.to(weight.dtype))
         ctx.lookups.clear()
