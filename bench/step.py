@@ -31,13 +31,14 @@ from bench.peers.sampling import SAMPLING
 from bench.timing import MatrixCeiling, Stopwatch, interleave, medians, peak_memory
 from bench.workers import Worker, WorkerError, serve
 from metro_ext.command_line import run
-from metro_ext.config_schema import ModelConfig, ObjectiveConfig, OptimConfig
+from metro_ext.config_schema import ModelConfig, ObjectiveConfig, OptimConfig, RunConfig
 from metro_ext.cuda_graph import WARM_UP_STEPS, GraphedStep, wanted
 from metro_ext.errors import UserError
 from metro_ext.hardware import keep_freed_memory, peak_flops
 from metro_ext.model import FIRST_POSITION, Packing, PretrainingModel
 from metro_ext.objective import Objective, mask_count
 from metro_ext.optim import AdamW
+from metro_ext.parallel import recompute_layers
 from metro_ext.presets import flops_per_token
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -74,6 +75,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--peers-keep-memory", action="store_true", help="our allocator setting for the peers too"
+    )
+    parser.add_argument(
+        "--recompute", default=RunConfig().recompute, help="of ours, as run.recompute (%(default)s)"
     )
     parser.add_argument("--compile-ours", action="store_true", help="ours through torch.compile")
     parser.add_argument(
@@ -128,12 +132,14 @@ class OurStep:
         model_config, objective_config, self.optim = configs(options)
         device = torch.device(options.device)
         self.model = PretrainingModel(model_config, "metro", seed=1).to(device).train()
+        recompute_layers(self.model, options.recompute)
         self.optimizer = AdamW(self.model, self.optim)
         special = torch.tensor(SPECIAL_IDS, device=device)
         objective = Objective(objective_config, special, MASK_ID, DTYPES[options.precision])
         self.objective = (
             torch.compile(objective, dynamic=False) if options.compile_ours else objective
         )
+        self.early_backward = not options.compile_ours  # as metro_ext.parallel.engine chooses
         self.batches = itertools.cycle(
             [self._pack(batch, seed) for seed, batch in enumerate(random_batches(options))]
         )
@@ -153,7 +159,7 @@ class OurStep:
 
     def _take(self, tokens: Tensor, packing: Packing, rate: float | Tensor) -> Tensor:
         self.optimizer.zero_grad()
-        loss = self.objective(self.model, tokens, packing).loss
+        loss = self.objective(self.model, tokens, packing, early_backward=self.early_backward).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.clip_norm)
         self.optimizer.step(rate)

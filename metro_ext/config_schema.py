@@ -212,9 +212,9 @@ class RunConfig(_Section):
     )
     tensorboard: bool = _option(False, "write TensorBoard events too (needs tensorboard)")
     recompute: str = _option(
-        "none",
-        "layers whose activations are computed again in the backward pass",
-        choices=("none", "alternate", "all"),
+        "norms",
+        "what the backward pass computes again: nothing, outputs of norms, layers",
+        choices=("none", "norms", "alternate", "all"),
     )
 
 

@@ -21,12 +21,14 @@ from torch import Tensor, nn
 
 from metro_ext.config_schema import ModelConfig
 from metro_ext.ops import (
+    Normed,
     TokenTable,
     attention,
     bias_gelu,
     bias_gelu_linear,
     layer_norm,
     linear,
+    normed,
     relative_bias,
 )
 
@@ -67,6 +69,10 @@ class LayerNorm(nn.Module):
     def forward(self, x: Tensor, **fused) -> Tensor:
         return layer_norm(x, self.weight, self.bias, eps=self.eps, **fused)
 
+    def normed(self, x: Tensor, **fused) -> Normed:
+        """The same, for users that may compute it again."""
+        return normed(x, self.weight, self.bias, eps=self.eps, **fused)
+
 
 class Embeddings(nn.Module):
     """LayerNorm(token + position): [T] ids -> [T, H]."""
@@ -86,9 +92,10 @@ class Embeddings(nn.Module):
         )
         self.norm = share.norm if share_all else LayerNorm(config.hidden, config.layer_norm_eps)
 
-    def forward(self, tokens: Tensor, positions: Tensor, table: TokenTable) -> Tensor:
+    def forward(self, tokens: Tensor, positions: Tensor, table: TokenTable) -> Normed:
         rows = table.rows(tokens)
-        return self.norm(rows, residual=F.embedding(positions, self.position).to(rows.dtype))
+        positional = F.embedding(positions, self.position).to(rows.dtype)
+        return self.norm.normed(rows, residual=positional)
 
 
 class Layer(nn.Module):
@@ -96,6 +103,8 @@ class Layer(nn.Module):
 
     products: how to multiply those of `PRODUCTS` that are not in run.precision, set by
         `metro_ext.products`: from x, weight, seed and draw.
+    recompute_norms: the matrix products keep no output of a norm for the backward pass, but have it
+        computed again. Costs a pass over [T, H] for each, saves two of [T, H] a layer.
     """
 
     def __init__(self, config: ModelConfig, dropout: float, draw: int):
@@ -103,6 +112,7 @@ class Layer(nn.Module):
         hidden, ffn = config.hidden, config.ffn
         self.heads, self.dropout, self.draw = config.heads, dropout, draw
         self.products: dict[str, Callable[[Tensor, Tensor, Tensor, int], Tensor]] = {}
+        self.recompute_norms = False
         self.qkv = nn.Linear(hidden, 3 * hidden)
         self.attention_out = nn.Linear(hidden, hidden)
         self.attention_norm = LayerNorm(hidden, config.layer_norm_eps)
@@ -110,12 +120,12 @@ class Layer(nn.Module):
         self.ffn_out = nn.Linear(ffn, hidden)
         self.ffn_norm = LayerNorm(hidden, config.layer_norm_eps)
 
-    def forward(self, x: Tensor, packing: Packing, bias: Tensor, training: bool) -> Tensor:
+    def forward(self, x: Normed, packing: Packing, bias: Tensor, training: bool) -> Normed:
         """x [T, H] -> [T, H]; bias float32 [heads, 2 L - 1]."""
         p = self.dropout if training else 0.0
         seed = packing.seed if p > 0 else None
-        tokens, hidden = x.shape
-        qkv = self._multiply("qkv", x, self.qkv.weight, packing, self.qkv.bias)
+        tokens, hidden = x.out.shape
+        qkv = self._multiply("qkv", self._operand(x), self.qkv.weight, packing, self.qkv.bias)
         mixed = attention(
             qkv.view(tokens, 3, self.heads, hidden // self.heads),
             packing.cu_seqlens,
@@ -125,32 +135,38 @@ class Layer(nn.Module):
             p=p,
             draw=self.draw,
         ).view(tokens, hidden)
-        x = self.attention_norm(
+        x = self.attention_norm.normed(
             self._multiply("attention_out", mixed, self.attention_out.weight, packing),
             bias=self.attention_out.bias,
-            residual=x,
+            residual=x.out,
             seed=seed,
             p=p,
             draw=self.draw + 1,
         )
         # The bias of ffn_in is added by the fused operator.
-        inner = self._multiply("ffn_in", x, self.ffn_in.weight, packing)
-        return self.ffn_norm(
+        inner = self._multiply("ffn_in", self._operand(x), self.ffn_in.weight, packing)
+        return self.ffn_norm.normed(
             self._ffn_out(inner, packing),
             bias=self.ffn_out.bias,
-            residual=x,
+            residual=x.out,
             seed=seed,
             p=p,
             draw=self.draw + 2,
         )
 
     def _multiply(
-        self, name: str, x: Tensor, weight: Tensor, packing: Packing, bias: Tensor | None = None
+        self,
+        name: str,
+        x: Tensor | Normed,
+        weight: Tensor,
+        packing: Packing,
+        bias: Tensor | None = None,
     ) -> Tensor:
         """x·weightᵀ + bias: the layer's product of that name."""
         product = self.products.get(name)
         if product is None:
             return linear(x, weight, bias)
+        x = x.out if isinstance(x, Normed) else x
         draw = len(PRODUCTS) * self.draw + PRODUCTS.index(name)
         out = product(x, weight, packing.seed, draw)
         return out if bias is None else out + bias.to(out.dtype)
@@ -160,6 +176,9 @@ class Layer(nn.Module):
             return bias_gelu_linear(inner, self.ffn_in.bias, self.ffn_out.weight)
         gelu = bias_gelu(inner, self.ffn_in.bias)
         return self._multiply("ffn_out", gelu, self.ffn_out.weight, packing)
+
+    def _operand(self, x: Normed) -> Normed | Tensor:
+        return x if self.recompute_norms else x.out
 
 
 class Encoder(nn.Module):
@@ -188,7 +207,7 @@ class Encoder(nn.Module):
         )
         for layer in self.layers:
             x = layer(x, packing, bias, self.training)
-        return x
+        return x.out
 
 
 class Transform(nn.Module):

@@ -16,7 +16,7 @@ rest, and gradients, travel in float32.
 import contextlib
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,7 @@ from metro_ext.errors import UserError
 from metro_ext.hardware import DTYPES
 from metro_ext.model import Packing, PretrainingModel, start_value
 from metro_ext.objective import Objective, StepOutput
+from metro_ext.ops import Normed
 from metro_ext.optim import decays
 from metro_ext.products import lower_products
 
@@ -37,10 +38,14 @@ class Local:
     """One process: the model as it is. Also the interface of the other engines.
 
     model: its parameters are whole here.
+
+    Args:
+        early_backward: see `Objective`. Not for the engines that exchange gradients, which expect
+            one backward pass after the forward pass, nor for torch.compile.
     """
 
-    def __init__(self, model: PretrainingModel, objective: Objective):
-        self.model, self._objective = model, objective
+    def __init__(self, model: PretrainingModel, objective: Objective, early_backward: bool = False):
+        self.model, self._objective, self._early_backward = model, objective, early_backward
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """What the optimizer updates: this rank's part of each parameter, gradients in `grad`."""
@@ -54,7 +59,8 @@ class Local:
         denominators: Tensor | None = None,
     ) -> StepOutput:
         """The objective on one micro-batch; `model` is there for the signature of Objective."""
-        return self._objective(model, tokens, packing, denominators)
+        early = self._early_backward and torch.is_grad_enabled()
+        return self._objective(model, tokens, packing, denominators, early)
 
     def accumulating(self, last: bool) -> contextlib.AbstractContextManager:
         """Around a micro-batch: gradients are exchanged in the step's last one alone."""
@@ -279,22 +285,29 @@ def engine(config: Config, objective: Objective, device: torch.device, world: Wo
         dtype, keep_gathered = DTYPES[config.run.precision], mode == "zero1"
         return Sharded(model, run, device, config.run.seed, dtype, keep_gathered, world)
     model = model.to(device)
-    return Replicated(model, run, world) if world.distributed else Local(model, run)
+    if world.distributed:
+        return Replicated(model, run, world)
+    return Local(model, run, early_backward=not config.run.compile)
 
 
 def recompute_layers(model: PretrainingModel, policy: str) -> None:
-    """Activation checkpointing (arXiv 1604.06174): layers keep their input alone.
+    """Activation checkpointing (arXiv 1604.06174): what is not kept is computed again.
 
     Dropout is a function of seed and position, so recomputing repeats it without any state.
 
     Args:
-        policy: ``none``, ``alternate`` (every second layer) or ``all``.
+        policy: ``none``; ``norms``, the outputs of the norms alone; ``alternate`` (every second
+            layer keeps its input alone) or ``all``.
     """
-    if policy == "none":
-        return
     for encoder in (model.auxiliary, model.main):
         layers = encoder.layers if encoder is not None else ()
-        for layer in layers if policy == "all" else layers[::2]:
-            layer.forward = functools.partial(
-                checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
-            )
+        for layer in layers:
+            layer.recompute_norms = policy == "norms"
+        for layer in {"alternate": layers[::2], "all": layers}.get(policy, ()):
+            layer.forward = functools.partial(_recomputed, layer.forward)
+
+
+def _recomputed(forward: Callable[..., Normed], x: Normed, *others) -> Normed:
+    # Without the rest of x, which would be kept for nothing.
+    alone = x._replace(sum=x.out)
+    return checkpoint(forward, alone, *others, use_reentrant=False, preserve_rng_state=False)

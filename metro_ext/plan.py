@@ -31,7 +31,7 @@ from metro_ext.plan_time import (
 from metro_ext.presets import flops_per_token, parameter_count
 
 ENGINES = ("ddp", "zero1", "fsdp2")
-RECOMPUTE = ("none", "alternate", "all")
+RECOMPUTE = ("none", "norms", "alternate", "all")
 SECONDS_A_DAY = 86_400
 
 

@@ -32,7 +32,7 @@ class Layout:
     """How a step is spread: `gpus` GPUs of `sequences` × `accumulation` sequences each.
 
     engine: ``ddp``, ``zero1`` or ``fsdp2`` (see ``metro_ext.parallel``).
-    recompute: ``none``, ``alternate`` or ``all`` layers are computed again in the backward pass.
+    recompute: ``none``, ``norms``, ``alternate`` or ``all``: what the backward pass computes again.
     sequences: of a micro-batch, each of the model's full length.
     accumulation: micro-batches of a step on one GPU.
     """
@@ -71,7 +71,7 @@ def layer_parameters(model: ModelConfig, objective: ObjectiveConfig) -> int:
 
 def recomputed_layers(layers: int, policy: str) -> int:
     """How many of an encoder's layers `metro_ext.parallel.recompute_layers` takes."""
-    return {"none": 0, "alternate": math.ceil(layers / 2), "all": layers}[policy]
+    return {"none": 0, "norms": 0, "alternate": math.ceil(layers / 2), "all": layers}[policy]
 
 
 def peak_memory(
@@ -154,55 +154,61 @@ def _phases(
         count = parameter_count(model, objective).total
         root = FP32 * (count - layers * layer_parameters(model, objective))
     table_phase = (2 * stream + ids, conversion + root)
-
     # The gradient of the table is there from the first head's forward pass on, the rounded table up
-    # to the last one's; backward scales the gradient into a copy first.
+    # to the last one's.
     if objective.name == "mlm":
         early = [
             (main + ids + stream, rounded + table + masked_head + chunk),
-            (main + ids + stream, 2 * table + masked_head),
             (main + ids + top, table),
         ]
         return early, [table_phase]
     aux = _encoder(model, model.aux_layers, layout, element)
+    aux_top = _top_layer(model, model.aux_layers, layout, element)
     main_heads = {
         "metro": masked_head + full_head,
         "electra": full_head,
         "clm-all": full_head,
     }[objective.name]
     main_chunk = {"metro": chunk, "electra": 0, "clm-all": full_chunk}[objective.name]
-    both = aux + main + ids
-    heads = masked_head + main_heads
+    # One process takes the auxiliary model backward before the main one runs.
+    alone = layout.engine == "ddp" and layout.gpus == 1
+    both = (0 if alone else aux) + main + ids
+    heads = (0 if alone else masked_head) + main_heads
     early = [
         (both, rounded + table + heads + main_chunk + stream),
-        (both, table + heads + max(table, 3 * stream)),
-        (both + top, table + masked_head),
+        (both, table + heads + 3 * stream),
+        (both + top, table + heads - main_heads),
     ]
-    aux_top = _top_layer(model, model.aux_layers, layout, element)
+    # In the other engines the main encoder's lookups keep their rows for the table.
+    held = rounded if alone else stream
     late = [
-        # The main encoder's lookups keep their rows for the table.
-        (aux + ids + 2 * stream, table + masked_head),
-        (aux + ids + stream + aux_top, table),
+        (aux + ids + stream, held + table + masked_head + (chunk if alone else 0)),
+        (aux + ids + stream + aux_top, (rounded if alone else 0) + table),
         table_phase,
     ]
     return early, late
 
 
 def _head_chunk(rows: int, vocab_size: int, element: int, device: str) -> float:
-    """Bytes of the logits that a vocabulary head holds at a time."""
+    """Bytes of the logits that a vocabulary head holds at a time, on the CPU with its scratch."""
     least, most = CHUNK_ROWS[device]
     fitting = min(max(CHUNK_ELEMENTS[device] // vocab_size, least), most)
     chunks = math.ceil(rows / max(fitting, math.ceil(rows / MOST_CHUNKS)))
-    return element * vocab_size * math.ceil(rows / chunks)
+    chunk = math.ceil(rows / chunks)
+    # The gradient of up to 16 sample tiles of 256 columns is packed in 4 bytes a number.
+    packed = 16 * 256 * FP32 * chunk if device == "cpu" else 0
+    return element * vocab_size * chunk + packed
 
 
 def _encoder(model: ModelConfig, layers: int, layout: Layout, element: int) -> float:
-    """Bytes that an encoder's forward pass keeps: the norm's sum and its output, and the layers."""
+    """Bytes that an encoder's forward pass keeps: the first norm's sum, every layer's input, the
+    output, and what is inside the layers."""
     tokens = layout.sequences * model.sequence_length
     stream = element * tokens * model.hidden
     kept = layers - recomputed_layers(layers, layout.recompute)
-    inner = _layer_inner(model, tokens, element)
-    return 2 * stream + 2 * FP32 * tokens + layers * stream + kept * inner
+    inputs = 0 if layout.recompute == "norms" else layers  # else they are the norms' outputs
+    inner = _layer_inner(model, tokens, element, layout.recompute)
+    return (2 + inputs) * stream + 2 * FP32 * tokens + kept * inner
 
 
 def _top_layer(model: ModelConfig, layers: int, layout: Layout, element: int) -> float:
@@ -213,18 +219,20 @@ def _top_layer(model: ModelConfig, layers: int, layout: Layout, element: int) ->
     tokens = layout.sequences * model.sequence_length
     # Of every second layer the first is recomputed: the last one is where their number is odd.
     again = layout.recompute == "all" or (layout.recompute == "alternate" and layers % 2 == 1)
-    inner = _layer_inner(model, tokens, element) if again else 0.0
+    inner = _layer_inner(model, tokens, element, layout.recompute) if again else 0.0
     gone = 2 * element * tokens * model.hidden
     return inner + _layer_backward(model, tokens, element) - gone
 
 
-def _layer_inner(model: ModelConfig, tokens: int, element: int) -> float:
+def _layer_inner(model: ModelConfig, tokens: int, element: int, policy: str) -> float:
     """Bytes that a layer keeps beside its output, which is the next one's input.
 
     Queries, keys and values 3 H, attention's output H, two sums before norms 2 H, the first norm's
-    output H, the feed-forward input F; float32: log-sum-exp a head, mean and deviation a norm.
+    output H unless it is computed again, the feed-forward input F; float32: log-sum-exp a head,
+    mean and deviation a norm.
     """
-    activations = element * tokens * (7 * model.hidden + model.ffn)
+    width = (6 if policy == "norms" else 7) * model.hidden + model.ffn
+    activations = element * tokens * width
     return activations + FP32 * tokens * (model.heads + 4)
 
 

@@ -183,6 +183,8 @@ def _micro_batch(
     # GELU (read and write F); backward, as many again twice.
     forward = ELEMENT_BYTES[precision] * tokens * (8 * model.hidden + 2 * model.ffn)
     traffic = (3 * layers + again) * forward
+    if layout.recompute == "norms":  # two a layer: the sum is read, it and the output are written
+        traffic += 2 * layers * 3 * ELEMENT_BYTES[precision] * tokens * model.hidden
     # Weights are rounded for the forward and for the backward pass (read 4, write 2 bytes each),
     # gradients written in bf16, read, and added in float32 (2 + 2 + 4 + 4 + 4).
     per_parameter = 2 * 6 + 16 if precision == "bf16" else 8 + 4

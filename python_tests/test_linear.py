@@ -3,7 +3,7 @@ import reference
 import torch
 from op_checks import DEVICE_DTYPES, DEVICES, check_against_reference
 
-from metro_ext.ops import bias_gelu_linear, linear
+from metro_ext.ops import bias_gelu_linear, linear, normed
 
 
 def tensors(device, dtype, *shapes):
@@ -53,3 +53,22 @@ def test_compiles_whole(device):
     expected = torch.autograd.grad(function(*inputs), inputs)
     for a, b in zip(torch.autograd.grad(compiled(*inputs), inputs), expected, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
+def test_a_norm_computed_again_gives_the_same_bits(device, dtype):
+    x, weight, shift, matrix, bias = tensors(device, dtype, (37, 24), (24,), (24,), (9, 24), (9,))
+    inputs = [t.requires_grad_() for t in (x, weight, shift, matrix, bias)]
+    residual = x.detach().flip(0)
+
+    def gradients(recompute):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            norm = normed(x, weight, shift, residual=residual)
+            out = linear(norm if recompute else norm.out, matrix, bias)
+        is_kept = norm.out.data_ptr() in {t.data_ptr() for t in kept}
+        assert is_kept == (not recompute)
+        return torch.autograd.grad((out * out.detach().sin()).sum() + norm.out.sum(), inputs)
+
+    for again, expected in zip(gradients(True), gradients(False), strict=True):
+        assert torch.equal(again, expected)

@@ -203,3 +203,24 @@ def test_schedules_reach_temperature_and_weight():
     constant = Objective(ObjectiveConfig(), torch.tensor([0]), 4, torch.float32)
     constant.set_step(5, total_steps=10)
     assert constant.constants == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("share", ["token", "all", "none"])
+@pytest.mark.parametrize("name", ["metro", "electra", "clm-all"])
+def test_going_backward_early_changes_no_gradient(name, share):
+    model = excite(make_model(name, share_embeddings=share)).train()
+    objective = Objective(ObjectiveConfig(name=name), SPECIAL, MASK_ID, torch.float32)
+    tokens, packing = packed()
+
+    def step(early_backward):
+        model.zero_grad(set_to_none=True)
+        out = objective(model, tokens, packing, early_backward=early_backward)
+        out.loss.backward()
+        return out, {name: p.grad for name, p in model.named_parameters()}
+
+    expected, gradients = step(early_backward=False)
+    out, early = step(early_backward=True)
+    assert relative_error(out.loss, expected.loss) < 1e-6
+    assert relative_error(out.metrics, expected.metrics) < 1e-6
+    for parameter, gradient in gradients.items():
+        assert relative_error(early[parameter], gradient) < 1e-5, parameter

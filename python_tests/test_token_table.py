@@ -63,3 +63,15 @@ def test_compiles_whole(device):
     (ours,) = torch.autograd.grad(torch.compile(function, fullgraph=True)(weight, tokens), weight)
     (expected,) = torch.autograd.grad(function(weight, tokens), weight)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_lookups_that_go_backward_first_add_to_the_rest(device):
+    weight, tokens = inputs(device)
+    table = TokenTable(weight, torch.float32)
+    table.apart().rows(tokens[1]).sin().sum().backward()
+    assert weight.grad is None
+    uses(table.matrix, table.rows, tokens).backward()
+    exact = weight.detach().double().requires_grad_()
+    (uses(exact, lambda t: exact[t], tokens) + exact[tokens[1]].sin().sum()).backward()
+    assert relative_error(weight.grad, exact.grad) < 1e-6

@@ -14,7 +14,7 @@ from metro_ext import _C
 from metro_ext.ops.attention import attention, relative_bias
 from metro_ext.ops.corruption import mask_tokens, replace_tokens
 from metro_ext.ops.gelu import bias_gelu
-from metro_ext.ops.layer_norm import layer_norm
+from metro_ext.ops.layer_norm import Normed, layer_norm, normed
 from metro_ext.ops.linear import bias_gelu_linear, linear
 from metro_ext.ops.loss import METRICS, pretrain_loss, row_gradient
 from metro_ext.ops.rtd_head import rtd_head
@@ -25,6 +25,7 @@ __all__ = [
     "METRICS",
     "_C",
     "HeadGradients",
+    "Normed",
     "TokenTable",
     "VocabHead",
     "attention",
@@ -33,6 +34,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "mask_tokens",
+    "normed",
     "pretrain_loss",
     "relative_bias",
     "replace_tokens",

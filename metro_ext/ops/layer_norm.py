@@ -1,10 +1,34 @@
 """Bias, dropout, residual and LayerNorm in one pass."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from metro_ext import _C  # noqa: F401  (registers torch.ops.metro)
 from metro_ext.ops.first_order import first_order
+
+
+class Normed(NamedTuple):
+    """The output of a LayerNorm, and what it can be computed from again.
+
+    out: activations [..., H].
+    sum: like ``out``, the input of the norm, which its backward pass keeps anyway.
+    weight, shift: copies of its parameters, float32 [H], without a gradient: an engine that shards
+        parameters may have taken the originals away.
+    eps: added to the variance.
+    """
+
+    out: Tensor
+    sum: Tensor
+    weight: Tensor
+    shift: Tensor
+    eps: float
+
+    @staticmethod
+    def again(sum: Tensor, weight: Tensor, shift: Tensor, eps: float) -> Tensor:
+        """``out``, bit for bit, in a pass over ``sum``."""
+        return torch.ops.metro.layer_norm(sum, None, None, weight, shift, None, 0.0, 0, eps)[0]
 
 
 def layer_norm(
@@ -45,6 +69,27 @@ def layer_norm(
     """
     op = torch.ops.metro.layer_norm
     return op(x, bias, residual, weight, shift, seed, p, draw, eps)[0]
+
+
+def normed(
+    x: Tensor,
+    weight: Tensor,
+    shift: Tensor,
+    *,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    seed: Tensor | None = None,
+    p: float = 0.0,
+    draw: int = 0,
+    eps: float = 1e-5,
+) -> Normed:
+    """:func:`layer_norm`, with what its users need to compute its output again.
+
+    Args, errors: as there.
+    """
+    op = torch.ops.metro.layer_norm
+    out, sum, _, _ = op(x, bias, residual, weight, shift, seed, p, draw, eps)
+    return Normed(out, sum, weight.detach().clone(), shift.detach().clone(), eps)
 
 
 def _like(x: Tensor) -> Tensor:

@@ -1,8 +1,10 @@
 """Matrix products of activations with float32 parameters, by torch's own kernels.
 
 Written as autograd functions for what they keep: the parameter itself, not its rounded copy, and
-for `bias_gelu_linear` the input of the GELU, not also its output. A copy costs a pass over the
-weight; kept through the backward pass, all copies and GELU outputs are a third of a step's memory.
+for `bias_gelu_linear` the input of the GELU, not also its output, for a `linear` of a norm's output
+the input of the norm, which the norm keeps anyway. A copy costs a pass over the weight, a norm or a
+GELU one over the activations; kept through the backward pass, all of them are a third of a step's
+memory.
 """
 
 import torch
@@ -10,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metro_ext.ops.gelu import bias_gelu
+from metro_ext.ops.layer_norm import Normed
 
 # torch's own float32 product goes to MKL, whose kernels for CPUs that are not Intel's stop at AVX2;
 # oneDNN's use AVX-512 there and are twice as fast. bfloat16 products go to oneDNN anyway.
@@ -33,21 +36,24 @@ def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
+    """norm: (sum, weight, shift) that x is the normed output of, or nothing; kept instead of x."""
+
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.has_bias = bias is not None
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, *norm: Tensor):
+        ctx.save_for_backward(weight, *(norm or (x,)))
+        ctx.eps, ctx.has_bias = eps, bias is not None
         return _product(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx, grad_out: Tensor):
-        x, weight = ctx.saved_tensors
-        grad_x = _product(grad_out, weight.to(x.dtype).t())
+        weight, *kept = ctx.saved_tensors
+        grad_x = _product(grad_out, weight.to(grad_out.dtype).t())
+        x = kept[0] if len(kept) == 1 else Normed.again(*kept, ctx.eps)
         grad_weight = _product(grad_out.t(), x.t()).to(weight.dtype)
         # Summed in float32 and rounded once, as grad_weight is; asking sum() for float32 would make
         # it convert the whole gradient first.
         grad_bias = grad_out.sum(0).to(weight.dtype) if ctx.has_bias else None
-        return grad_x, grad_weight, grad_bias
+        return grad_x, grad_weight, grad_bias, None, *(None for _ in kept if len(kept) > 1)
 
 
 class _BiasGeluLinear(torch.autograd.Function):
@@ -65,11 +71,12 @@ class _BiasGeluLinear(torch.autograd.Function):
         return grad_x, grad_bias, grad_weight
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor | Normed, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x·weightᵀ + bias in the dtype of ``x``; parameters and their gradients stay float32.
 
     Args:
-        x: activations [T, K], float32 or bfloat16 (float16 on CUDA).
+        x: activations [T, K], float32 or bfloat16 (float16 on CUDA), or the output of a norm, which
+            the backward pass then computes again.
         weight: float32 [N, K].
         bias: float32 [N].
 
@@ -79,7 +86,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Raises:
         RuntimeError: shapes, dtypes or devices do not fit (torch's own message).
     """
-    return _Linear.apply(x, weight, bias)
+    if isinstance(x, Normed):
+        return _Linear.apply(x.out, weight, bias, x.eps, x.sum, x.weight, x.shift)
+    return _Linear.apply(x, weight, bias, 0.0)
 
 
 def bias_gelu_linear(x: Tensor, bias: Tensor, weight: Tensor) -> Tensor:

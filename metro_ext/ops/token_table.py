@@ -1,5 +1,7 @@
 """A token embedding table that is read by lookups and by tied vocabulary heads in one step."""
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,6 +18,8 @@ class TokenTable:
         weight: float32 [V, H].
         dtype: of rows and matrix; the rounded copy is made once.
 
+    matrix: [V, H] in `dtype`, for heads tied to the table.
+
     An instance serves one forward and backward pass. Under ``torch.compile``, which cannot follow
     the collection, it is plain autograd.
     """
@@ -25,6 +29,16 @@ class TokenTable:
         self.plain = torch.compiler.is_compiling()
         self.lookups: list[tuple[Tensor, Tensor]] = []
         self.matrix = weight.to(dtype) if self.plain else _Table.apply(weight, dtype, self.lookups)
+
+    def apart(self) -> "TokenTable":
+        """The same table for lookups in a part of the step that goes backward first, by itself.
+
+        Their gradients reach ``weight`` with this table's own backward pass; those of its `matrix`
+        do not.
+        """
+        other = copy.copy(self)
+        other.matrix = self.matrix.detach().requires_grad_()
+        return other
 
     def rows(self, tokens: Tensor) -> Tensor:
         """The rows of int64 tokens [T]: [T, H] in the table's dtype."""
@@ -47,9 +61,17 @@ class _Table(torch.autograd.Function):
         (weight,) = ctx.saved_tensors
         grad = torch.zeros_like(weight) if grad is None else grad.to(weight.dtype)
         for tokens, rows in ctx.lookups:
-            grad.index_put_((tokens,), rows.to(weight.dtype), accumulate=True)
+            _add_rows(grad, tokens, rows.to(weight.dtype))
         ctx.lookups.clear()
         return grad, None, None
+
+
+def _add_rows(grad: Tensor, tokens: Tensor, rows: Tensor) -> None:
+    """grad[tokens] += rows, in a fixed order where a token repeats."""
+    if grad.is_cuda:  # index_add_ there adds in any order
+        grad.index_put_((tokens,), rows, accumulate=True)
+    else:  # index_put_ here takes twenty times as long
+        grad.index_add_(0, tokens, rows)
 
 
 class _Lookup(torch.autograd.Function):
