@@ -284,6 +284,6 @@ def _sample_nats(
     drawn at temperature 1, and costs one row of the table a sample.
     """
     matrix = table.matrix.detach()
-    logit = torch.einsum("nh,nh->n", rows.detach().float(), matrix[out.sample].float())
+    logit = (rows.detach().float() * matrix[out.sample].float()).sum(-1)
     nats = out.lse - logit - head.bias.detach()[out.sample]
     return torch.where(target == IGNORED, 0.0, nats).sum()

@@ -37,7 +37,7 @@ class Start:
         (self.run / "checkpoints" / "step-00000001").mkdir(parents=True)
 
     def words(self, prepared) -> str:
-        return prepared.tokenizer.decode(prepared.train.document(0))
+        return prepared.tokenizer.decode(prepared.train.corpora[0].document(0))
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_a_named_tokenizer_takes_the_place_of_one_left_over(start):
     named = start.folder / "named.model"
     small_tokenizer(500).save(named)
     prepared = start("a", f"--data.tokenizer={named}")
-    assert prepared.train.tokenizer.sha256 == small_tokenizer(500).sha256
+    assert prepared.train.corpora[0].tokenizer.sha256 == small_tokenizer(500).sha256
     assert (start.run / "tokenizer.model").read_bytes() == named.read_bytes()
     assert start().tokenizer.vocab_size == 400  # and the other way round
 

@@ -169,7 +169,8 @@ class _Attach(torch.autograd.Function):
         # In place, as the matrix's is large; a second backward pass is then refused by autograd.
         # On the CPU a look at the factor, mostly 1, is free.
         grads = ctx.saved_tensors
-        if grad_loss.is_cuda or torch.compiler.is_compiling() or grad_loss.item() != 1.0:
+        on_cpu = type(grad_loss) is Tensor and grad_loss.device.type == "cpu"
+        if not on_cpu or grad_loss.item() != 1.0:
             grads = [grad.mul_(grad_loss) for grad in grads]
         return grad_loss, None, *grads, *[None] * len(grads)
 

@@ -182,6 +182,7 @@ def main() -> None:
 
     import metro_ext.train  # noqa: F401
 
+    codes: dict[int, int] = {}  # of those that have ended
     print("ready", flush=True)
     for line in sys.stdin:
         request = json.loads(line)
@@ -189,9 +190,13 @@ def main() -> None:
             pid = os.fork()
             if pid == 0:
                 _child(request)
+            codes.pop(pid, None)
             answer = {"pid": pid}
         else:
-            answer = {"code": _wait(request["pid"], request["seconds"])}
+            pid = request["pid"]
+            if pid not in codes and (code := _wait(pid, request["seconds"])) is not None:
+                codes[pid] = code
+            answer = {"code": codes.get(pid)}
         print(json.dumps(answer), flush=True)
 
 

@@ -15,7 +15,7 @@ from metro_ext.atomic import sha256_file
 from metro_ext.batches import BatchSource
 from metro_ext.config import from_dict, load_config, to_dict, to_toml
 from metro_ext.corpus import Corpus
-from metro_ext.evaluate import read_pairs
+from metro_ext.evaluate.blimp import read_pairs
 from metro_ext.finetune.squad import read_answers, read_na_probabilities, read_predictions
 from metro_ext.finetune.squad_files import read_questions
 from metro_ext.finetune.tasks import TASKS

@@ -48,7 +48,8 @@ def refused(out: str, *words: str) -> None:
 def prepared(unbroken: Path, folder: Path) -> Path:
     """A run's folder with tokenizer and corpora: what it writes from now on are checkpoints."""
     shutil.copytree(unbroken / "data", folder / "data")
-    shutil.copy(unbroken / "tokenizer.model", folder)
+    for path in unbroken.glob("tokenizer.model*"):  # and what it was made from
+        shutil.copy(path, folder)
     return folder
 
 
@@ -123,11 +124,14 @@ class Watched(Monitor):
 CHECKED = [
     "checkpoints/step-00000024/tensors.safetensors", "checkpoints/step-00000024/state.json",
     "tokenizer.model", "data/train/manifest.json", "data/train/tokenizer.model",
-    "data/train/documents.bin", "data/train/shard-00000.bin", "data/valid/shard-00000.bin",
+    "data/train/documents.bin", "data/train/counts.bin", "data/train/shard-00000.bin",
+    "data/valid/shard-00000.bin",
     "metrics.jsonl", "evaluation.jsonl", "timing.jsonl",
 ]  # fmt: skip
 # Written anew at every start or end, and read by nothing of a run; a lock counts by being held.
-UNCHECKED = ["config.toml", "training.png", "run.lock"]
+# What a run's own texts were made from no longer decides once there are checkpoints.
+MADE_FROM = ["tokenizer.model.made_from.json", "data/train.made_from.json"]
+UNCHECKED = ["config.toml", "training.png", "run.lock", *MADE_FROM]
 
 
 def damages(content: bytes) -> Iterator[tuple[str, bytes]]:
