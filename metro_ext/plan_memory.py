@@ -21,6 +21,7 @@ FP32, INT64 = 4, 8
 CHUNK_ELEMENTS = {"cpu": 8 << 20, "cuda": 256 << 20}
 CHUNK_ROWS = {"cpu": (64, 1024), "cuda": (1, math.inf)}
 MOST_CHUNKS = 16
+SAMPLE_TILE = 256
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
 ADAM_MOMENTS = 2  # float32 each, of every parameter
 # fully_shard gathers the next layer while one computes, and frees the last one after it.
@@ -195,8 +196,10 @@ def _head_chunk(rows: int, vocab_size: int, element: int, device: str) -> float:
     fitting = min(max(CHUNK_ELEMENTS[device] // vocab_size, least), most)
     chunks = math.ceil(rows / max(fitting, math.ceil(rows / MOST_CHUNKS)))
     chunk = math.ceil(rows / chunks)
-    # The gradient of up to 16 sample tiles of 256 columns is packed in 4 bytes a number.
-    packed = 16 * 256 * FP32 * chunk if device == "cpu" else 0
+    # There the gradient of 4 to 16 sample tiles, 2 MiB if that many, is packed in 4 bytes a number.
+    fitting = min(max((2 << 20) // (SAMPLE_TILE * chunk * element), 4), 16)
+    tiles = min(fitting, math.ceil(vocab_size / SAMPLE_TILE))
+    packed = tiles * SAMPLE_TILE * FP32 * chunk if device == "cpu" else 0
     return element * vocab_size * chunk + packed
 
 

@@ -114,8 +114,9 @@ def _micro_batch(trainer: Trainer, batch: dict, denominators: Tensor | None) -> 
 
 
 def _watch(name: str, broken: list[str]):
-    def look(_module: nn.Module, _inputs: tuple, output: Tensor) -> None:
-        if not torch.isfinite(output).all():
+    def look(_module: nn.Module, _inputs: tuple, output: Tensor | tuple) -> None:
+        first = output[0] if isinstance(output, tuple) else output  # of a norm, what it gives
+        if not torch.isfinite(first).all():
             broken.append(name)
 
     return look

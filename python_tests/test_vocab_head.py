@@ -454,3 +454,10 @@ def test_gradients_bad_arguments():
     ):
         with pytest.raises(RuntimeError, match=f"vocab_head_gradients: .*{message}"):
             call(**change)
+
+
+@pytest.mark.parametrize("draw", [-1, 1 << 24, 1 << 32])
+def test_a_draw_out_of_range_is_refused(draw):
+    hidden, weight, target = torch.zeros(2, 4), torch.zeros(5, 4), torch.tensor([0, 1])
+    with pytest.raises(RuntimeError, match=rf"vocab_head: draw must be between .* found {draw}"):
+        vocab_head(hidden, weight, torch.zeros(5), target, seed=torch.tensor(0), draw=draw)

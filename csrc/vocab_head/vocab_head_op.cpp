@@ -142,6 +142,8 @@ Arguments check_arguments(const char* op, const Tensor& hidden, const Tensor& we
   const Shape shape = check(op, hidden, weight, bias, target);
   METRO_CHECK(temperature > 0 && std::isfinite(temperature), op,
               "temperature must be positive and finite, found ", temperature);
+  METRO_CHECK(draw >= 0 && draw < (1 << 24), op, "draw must be between 0 and 2^24 - 1, found ",
+              draw);
   if (seed) check_seed(op, *seed, hidden);
   const Tensor plain_target = plain(target);
   check_targets(op, plain_target, shape.vocab);
@@ -177,7 +179,8 @@ Tensor make_workspace(const Arguments& a, bool gradients, VocabHeadParams* p) {
   const int64_t panel_width = round_up(a.shape.hidden, kWidestPanel);
   const int64_t element = a.hidden.element_size();
   work.row_stride = rows;
-  work.block_tiles = std::clamp<int64_t>(kBlockBytes / (kSampleTile * rows * element), 4, 16);
+  const int64_t fitting = std::clamp<int64_t>(kBlockBytes / (kSampleTile * rows * element), 4, 16);
+  work.block_tiles = std::min(fitting, tiles);
   Scratch scratch;
   scratch.add(&work.logits, (vocab + 1) * rows * element);
   scratch.add(reinterpret_cast<void**>(&work.tiles), tiles * kTileFigures * rows * 4);
