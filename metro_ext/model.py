@@ -26,7 +26,6 @@ from metro_ext.ops import (
     attention,
     bias_gelu,
     bias_gelu_linear,
-    layer_norm,
     linear,
     normed,
     relative_bias,
@@ -66,11 +65,7 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(hidden))
         self.eps = eps
 
-    def forward(self, x: Tensor, **fused) -> Tensor:
-        return layer_norm(x, self.weight, self.bias, eps=self.eps, **fused)
-
-    def normed(self, x: Tensor, **fused) -> Normed:
-        """The same, for users that may compute it again."""
+    def forward(self, x: Tensor, **fused) -> Normed:
         return normed(x, self.weight, self.bias, eps=self.eps, **fused)
 
 
@@ -95,7 +90,7 @@ class Embeddings(nn.Module):
     def forward(self, tokens: Tensor, positions: Tensor, table: TokenTable) -> Normed:
         rows = table.rows(tokens)
         positional = F.embedding(positions, self.position).to(rows.dtype)
-        return self.norm.normed(rows, residual=positional)
+        return self.norm(rows, residual=positional)
 
 
 class Layer(nn.Module):
@@ -135,7 +130,7 @@ class Layer(nn.Module):
             p=p,
             draw=self.draw,
         ).view(tokens, hidden)
-        x = self.attention_norm.normed(
+        x = self.attention_norm(
             self._multiply("attention_out", mixed, self.attention_out.weight, packing),
             bias=self.attention_out.bias,
             residual=x.out,
@@ -145,7 +140,7 @@ class Layer(nn.Module):
         )
         # The bias of ffn_in is added by the fused operator.
         inner = self._multiply("ffn_in", self._operand(x), self.ffn_in.weight, packing)
-        return self.ffn_norm.normed(
+        return self.ffn_norm(
             self._ffn_out(inner, packing),
             bias=self.ffn_out.bias,
             residual=x.out,
@@ -219,7 +214,7 @@ class Transform(nn.Module):
         self.norm = LayerNorm(config.hidden, config.layer_norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(bias_gelu(linear(x, self.dense.weight), self.dense.bias))
+        return self.norm(bias_gelu(linear(x, self.dense.weight), self.dense.bias)).out
 
 
 class LanguageModelHead(nn.Module):

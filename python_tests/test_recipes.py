@@ -21,7 +21,7 @@ LAUNCH_FILES = ("single_node.sh", "slurm.sh", "kubernetes.yaml")
 # What a recipe adds to its preset: where the text lies and how a step is spread.
 OWN = {
     "data.train", "data.valid", "data.tokenizer", "run.tokens_per_batch", "run.accumulation",
-    "run.device", "run.checkpoint_interval", "parallel.mode",
+    "run.device", "run.checkpoint_interval", "run.recompute", "parallel.mode",
 }  # fmt: skip
 # Learning rate, steps, clipping (0: none), vocabulary: as published for METRO's group; the rates
 # of xl and xxl are large++'s.

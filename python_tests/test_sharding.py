@@ -73,7 +73,7 @@ def take_step(spread: Local, config: Config, micro_batches: list[int]) -> tuple[
             out = spread.run(spread.model, tokens, packing, denominators)
             out.loss.backward()
         loss += float(out.loss.detach())
-    norm = spread.clip(CLIP)
+    norm, *_ = spread.clip(CLIP)
     optimizer.step(1e-3)
     return loss, float(norm)
 
@@ -168,7 +168,9 @@ def xxl_step(world: World, output: Path) -> None:
     total = parameter_count(config.model, config.objective).total
     assert held <= total / RANKS + len(spread.model.main.layers) * config.model.hidden
     loss, norm = take_step(spread, config, [world.rank])
-    whole = {name: spread.whole(name, part) for name, part in spread.named_parameters()}
+    whole = {
+        name: spread.spread(name, part).full_tensor() for name, part in spread.named_parameters()
+    }
     loss = float(world.sum(torch.tensor(loss, dtype=torch.float64)))
     if world.is_first:
         figures = torch.tensor([loss, norm], dtype=torch.float64)

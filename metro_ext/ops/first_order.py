@@ -20,13 +20,18 @@ def first_order(operator: str) -> Callable[[Callable], Callable]:
     def decorate(backward: Callable) -> Callable:
         @functools.wraps(backward)
         def refusing(ctx: Any, *grads: Any) -> Any:
-            if torch.is_grad_enabled():
-                raise RuntimeError(
-                    f"{operator}: expected a backward pass without create_graph=True, found one "
-                    "with it: there are no gradients of its gradients"
-                )
+            refuse_second_order(operator)
             return backward(ctx, *grads)
 
         return refusing
 
     return decorate
+
+
+def refuse_second_order(operator: str) -> None:
+    """RuntimeError in a backward pass that is recorded; see `first_order`."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{operator}: expected a backward pass without create_graph=True, found one "
+            "with it: there are no gradients of its gradients"
+        )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from metro_ext import _C  # noqa: F401  (registers torch.ops.metro)
-from metro_ext.ops.first_order import first_order
+from metro_ext.ops.first_order import refuse_second_order
 
 
 class VocabHead(NamedTuple):
@@ -164,14 +164,11 @@ class _Attach(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
-    @first_order("metro::vocab_head_gradients")
     def backward(ctx, grad_loss: Tensor):
+        if not torch.compiler.is_compiling():
+            refuse_second_order("metro::vocab_head_gradients")
         # In place, as the matrix's is large; a second backward pass is then refused by autograd.
-        # On the CPU a look at the factor, mostly 1, is free.
-        grads = ctx.saved_tensors
-        on_cpu = type(grad_loss) is Tensor and grad_loss.device.type == "cpu"
-        if not on_cpu or grad_loss.item() != 1.0:
-            grads = [grad.mul_(grad_loss) for grad in grads]
+        grads = [grad.mul_(grad_loss) for grad in ctx.saved_tensors]
         return grad_loss, None, *grads, *[None] * len(grads)
 
 

@@ -62,7 +62,8 @@ def test_too_many_in_a_row_end_the_run(server, text, tmp_path, log, capsys, monk
     def broken(self, *arguments):
         load(self, *arguments)
         module = self.model.get_submodule(FAULTS_OF_A_MODULE)
-        module.register_forward_hook(lambda _m, _i, output: output * float("nan"), prepend=True)
+        spoil = lambda _m, _i, output: output._replace(out=output.out * float("nan"))  # noqa: E731
+        module.register_forward_hook(spoil, prepend=True)
 
     monkeypatch.setattr(replay.Trainer, "__init__", broken)
     assert replay.main([str(folder)]) is None
