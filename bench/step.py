@@ -10,7 +10,7 @@ peer runs both by autocast and by bfloat16 weights beside float32 masters; the r
 fastest. On CUDA our step also runs in a CUDA graph; its time is among the case's figures.
 
 The floor is the useful work in matrix products (`metro_ext.presets.flops_per_token`) over the best
-rate of torch's own linear that this run measured, among a large shape and the step's own shapes.
+rate of torch's kernels that this run measured, among a large shape and the step's own shapes.
 """
 
 import argparse

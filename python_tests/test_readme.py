@@ -56,5 +56,5 @@ def test_commands_in_their_order(workplace):
 
 
 def test_ci_finds_the_test_command():
-    lines = [line for line in README.splitlines() if line.endswith("&& pytest")]
+    lines = [line for line in README.splitlines() if line.endswith("&& pytest -n 2")]
     assert len(lines) == 1 and lines[0].startswith("python3 -m venv .venv && ")
