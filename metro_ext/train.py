@@ -150,6 +150,7 @@ def _conclude(
     say(
         f"\nplot: {picture}\n\ntry next:\n"
         f'  python -m metro_ext.inspect {quote(str(folder))} "it was a dark and [MASK] night"\n'
+        f"  python -m metro_ext.report {quote(str(folder))}\n"
         f"  python -m metro_ext.train --config {quote(str(folder / CONFIG_FILE))} "
         f"--steps {2 * config.run.steps}   # go on for longer\n"
         "  python -m metro_ext.train --preset small --print-config"

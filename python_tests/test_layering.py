@@ -28,6 +28,7 @@ LAYERS = [
     {"train_step"},
     {"plan_time", "trainer", "inspect", "export", "evaluate"},
     {"import_mpnet", "plan", "train", "finetune", "replay"},
+    {"report"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
