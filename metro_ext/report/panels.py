@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from metro_ext.monitor import EVALUATION_FILE, METRICS_FILE, TIMING_FILE
-from metro_ext.report.runs import Run, finite
+from metro_ext.report.runs import Run, number
 
 MOST_POINTS = 400  # of a curve: more than a screen has columns for it
 
@@ -108,14 +108,14 @@ PANELS = (
 def curves(panel: Panel, runs: list[Run]) -> list[Curve]:
     """The panel's series that have numbers, run by run."""
     found = []
-    for number, run in enumerate(runs):
+    for place, run in enumerate(runs):
         for series in panel.series:
             values = [
-                (record["step"], finite(record)[series.key])
+                (record["step"], number(record[series.key]))
                 for record in run.records[series.file]
                 if record.get(series.key) is not None
             ]
-            curve = _curve(number, series, values, positive=panel.logarithmic)
+            curve = _curve(place, series, values, positive=panel.logarithmic)
             if curve.points:
                 found.append(curve)
     return found

@@ -68,11 +68,13 @@ _FAULTS = {
 
 def finite(record: dict[str, Any]) -> dict[str, Any]:
     """A record with None for what is NaN, infinite or no number."""
-    kept = {}
-    for key, value in record.items():
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        kept[key] = value if is_number and math.isfinite(value) else None
-    return kept
+    return {key: number(value) for key, value in record.items()}
+
+
+def number(value: Any) -> int | float | None:
+    """The value if it is a finite number."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if is_number and math.isfinite(value) else None
 
 
 def read_runs(folders: list[Path]) -> list[Run]:
