@@ -24,7 +24,7 @@ from metro_ext.report.__main__ import main
 from metro_ext.report.chart import Axis, axes, ticks
 from metro_ext.report.markup import element, text
 from metro_ext.report.page import page
-from metro_ext.report.panels import MOST_POINTS, PANELS, curves, thinned
+from metro_ext.report.panels import MOST_POINTS, PANELS, curves, means, thinned
 from metro_ext.report.runs import read_runs
 from metro_ext.report.samples import samples
 from metro_ext.text_encoder import EncodedTexts
@@ -94,7 +94,7 @@ def test_the_curves_hold_the_records(tree, finished):
 def test_plots_have_text_alternatives(tree):
     for figure in tree.all("figure"):
         svg = figure.all("svg", "chart")[0]
-        assert svg.attributes["role"] == "img" and svg.all("title")[0].text
+        assert svg.attributes["role"] == "img" and svg.attributes["aria-label"]
         assert svg.all("desc")[0].text.count("unbroken") >= 1
         rows = figure.all("tbody")[0].all("tr")
         assert len(rows) == len(svg.all("g", "curve"))
@@ -279,6 +279,36 @@ def test_thinning_keeps_ends_and_extremes(found):
     assert (None in found) == any(value is None for _, value in kept)
     if None not in found:
         assert {min(found), max(found)} <= {value for _, value in kept}
+
+
+def test_a_long_run_is_its_means_with_the_spikes_behind_them(finished, tmp_path):
+    copy_records(finished, tmp_path / "run", lambda record: None)
+    (last,) = read_records(tmp_path / "run" / "metrics.jsonl")[-1:]
+    losses = [5 - step / 4000 for step in range(1, 5001)]
+    losses[2999] = 9.0
+    lines = (json.dumps(last | {"step": i, "mlm_loss": x}) + "\n" for i, x in enumerate(losses, 1))
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(lines))
+    (run,) = read_runs([tmp_path / "run"])
+    curve = curves(PANELS[0], [run])[0]
+    assert curve.is_long and len(curve.points) < MOST_POINTS and (3000, 9.0) in curve.extremes
+    assert curve.extremes[0] == (1, losses[0]) and curve.extremes[-1] == (5000, losses[-1])
+    size = 5000 / len(curve.points)
+    for step, mean in curve.points:
+        assert mean == pytest.approx(5 - (step - size / 2) / 4000, abs=0.01 if step < 3000 or
+                                     step > 3030 else 0.3)  # fmt: skip
+    document, _ = page([run], 0)
+    assert "means of stretches" in document
+    drawn = read_page(document).all("figure")[0].all("g", "curve")[0]
+    assert len(drawn.all("polyline", "spread")) == 1 and len(drawn.all("polyline")) == 2
+    row = read_page(document).all("figure")[0].all("tbody")[0].all("tr")[0]
+    assert [cell.text for cell in row.all("td")][2] == "9 step 3000"
+
+
+def test_means_of_nothing_are_nothing():
+    values = [(step, None if step == 700 else 1.0) for step in range(1000)]
+    found = means(values)
+    assert sum(value is None for _, value in found) == 1
+    assert found[-1] == (999, 1.0) and len(found) <= MOST_POINTS
 
 
 @settings(max_examples=200, deadline=None)

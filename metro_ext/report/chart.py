@@ -31,13 +31,13 @@ def figure(panel: Panel, curves: list[Curve], names: list[str]) -> Html:
     x, y = axes(panel, curves)
     drawing = element(
         "svg",
-        element("title", f"{panel.title} against steps"),
         element("desc", "; ".join(_spoken(panel, curve, names) for curve in curves)),
         _grid(panel, x, y),
         *(_drawn(curve, x, y) for curve in curves),
         element("g", class_="cursor"),
         viewBox=f"0 0 {WIDTH} {HEIGHT}",
         role="img",
+        aria_label=f"{panel.title} against steps",  # a <title> would pop up over the values
         tabindex="0",
         class_="chart",
         data_axes=",".join(f"{value:.6g}" for value in (*x[:4], *y[:4], y.logarithmic)),
@@ -57,9 +57,9 @@ def figure(panel: Panel, curves: list[Curve], names: list[str]) -> Html:
 
 def axes(panel: Panel, curves: list[Curve]) -> tuple[Axis, Axis]:
     """Steps from 0, and values between the round numbers around them."""
-    steps = max(step for curve in curves for step, _ in curve.points)
+    steps = max(step for curve in curves for step, _ in curve.extremes)
     x = Axis(0, max(steps, 1), _LEFT, WIDTH - _RIGHT)
-    values = [value for curve in curves for _, value in curve.points]
+    values = [value for curve in curves for _, value in curve.extremes]
     low, high = min(values), max(values)
     if panel.logarithmic:
         low, high = low / 1.2, high * 1.2
@@ -115,8 +115,8 @@ def _grid(panel: Panel, x: Axis, y: Axis) -> Html:
 
 def _drawn(curve: Curve, x: Axis, y: Axis) -> Html:
     """The line, with a dot where a line through one point could not be seen, and held-out values
-    marked, of which there are few."""
-    places = [(f"{x.place(step):.1f}", f"{y.place(value):.1f}") for step, value in curve.points]
+    marked, of which there are few. Behind the means of a long one, from lowest to highest."""
+    places = _places(curve.points, x, y)
     data = " ".join(f"{step}:{value:.6g}" for step, value in curve.points)
     attributes = {"data_points": data, "data_label": curve.series.label, "data_run": curve.run}
     kind = f"curve run{curve.run} {curve.series.style}"
@@ -124,17 +124,28 @@ def _drawn(curve: Curve, x: Axis, y: Axis) -> Html:
         height = places[-1][1]
         line = element("line", x1=_LEFT, x2=WIDTH - _RIGHT, y1=height, y2=height)
         return element("g", line, class_=kind, data_level="1", **attributes)
+    parts = []
+    if curve.is_long:
+        parts.append(_line(_places(curve.extremes, x, y), class_="spread"))
     pieces, begin = [], 0
     for end in [*sorted(gap for gap in curve.gaps if gap), len(places)]:
         pieces.append(places[begin:end])
         begin = end
-    parts = []
     for piece in pieces:
         if len(piece) > 1:
-            parts.append(element("polyline", points=" ".join(",".join(point) for point in piece)))
+            parts.append(_line(piece))
         if len(piece) == 1 or (curve.series.style == "dashed" and len(places) <= 40):
             parts += [element("circle", cx=px, cy=py, r="2.4") for px, py in piece]
     return element("g", *parts, class_=kind, **attributes)
+
+
+def _places(points: list[tuple[int, float]], x: Axis, y: Axis) -> list[tuple[str, str]]:
+    return [(f"{x.place(step):.1f}", f"{y.place(value):.1f}") for step, value in points]
+
+
+def _line(places: list[tuple[str, str]], **attributes: str) -> Html:
+    points = " ".join(",".join(place) for place in places)
+    return element("polyline", points=points, **attributes)
 
 
 def _legend(curves: list[Curve]) -> Html:
@@ -152,7 +163,7 @@ def _legend(curves: list[Curve]) -> Html:
 
 def _spoken(panel: Panel, curve: Curve, names: list[str]) -> str:
     percent = panel.unit.startswith("%")
-    (first_step, first), (last_step, last) = curve.points[0], curve.points[-1]
+    (first_step, first), (last_step, last) = curve.extremes[0], curve.extremes[-1]
     who = f"{names[curve.run]}, {curve.series.label}"
     if curve.series.level or len(curve.points) == 1:
         return f"{who}: {shown(last, percent)}"
@@ -171,9 +182,9 @@ def _values(panel: Panel, curves: list[Curve], names: list[str]) -> Html:
 
     rows = []
     for curve in curves:
-        lowest = min(curve.points, key=lambda point: point[1])
-        highest = max(curve.points, key=lambda point: point[1])
+        lowest = min(curve.extremes, key=lambda point: point[1])
+        highest = max(curve.extremes, key=lambda point: point[1])
         who = f"{names[curve.run]}: {curve.series.label}" if len(names) > 1 else curve.series.label
-        points = (curve.points[0], lowest, highest, curve.points[-1])
+        points = (curve.extremes[0], lowest, highest, curve.extremes[-1])
         rows.append([who, *map(cell, points)])
     return table(["", "first", "lowest", "highest", "last"], rows, f"{panel.title}: values")

@@ -10,7 +10,7 @@ from metro_ext.monitor import EVALUATION_FILE, METRICS_FILE, TIMING_FILE
 from metro_ext.presets import parameter_count
 from metro_ext.report.chart import figure, shown
 from metro_ext.report.markup import Html, element, join, table
-from metro_ext.report.panels import PANELS, curves
+from metro_ext.report.panels import MOST_POINTS, PANELS, curves
 from metro_ext.report.runs import Run, finite
 from metro_ext.report.samples import Samples, Token, samples
 from metro_ext.tokenizer import SPACE_PIECE
@@ -167,6 +167,11 @@ def _plots(runs: list[Run]) -> Html:
     if not figures:
         figures = [element("p", "No step has been recorded yet.")]
     hint = "Point at a plot, or move through it with the arrow keys, for its values."
+    if any(curve.is_long for _, drawn in found for curve in drawn):
+        hint += (
+            f" Lines of more than {MOST_POINTS} values are means of stretches; the shade behind "
+            "them goes from the lowest value to the highest."
+        )
     return element(
         "section",
         element("h2", "Plots"),

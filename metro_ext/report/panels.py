@@ -1,5 +1,6 @@
 """What a report draws: panels of curves, read from the records of runs."""
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -7,6 +8,8 @@ from metro_ext.monitor import EVALUATION_FILE, METRICS_FILE, TIMING_FILE
 from metro_ext.report.runs import Run, number
 
 MOST_POINTS = 400  # of a curve: more than a screen has columns for it
+
+Value = tuple[int, float | None]  # by step; None is no finite number
 
 SOLID, DASHED, DOTTED = "solid", "dashed", "dotted"
 
@@ -36,13 +39,24 @@ class Panel:
 
 
 class Curve(NamedTuple):
-    """A series of the run of that number; the points by step. gaps: where it breaks, as indices
-    of the points before which there were values that are no finite numbers."""
+    """A series of the run of that number.
+
+    points: by step; of a long series the means of stretches.
+    gaps: where it breaks, as indices of the points before which there were values that are no
+        finite numbers.
+    extremes: what no mean may hide: the lowest and highest values of these stretches, the first
+        and the last; the points themselves where they are few.
+    """
 
     run: int
     series: Series
     points: list[tuple[int, float]]
     gaps: frozenset[int]
+    extremes: list[tuple[int, float]]
+
+    @property
+    def is_long(self) -> bool:
+        return self.points != self.extremes
 
 
 def _both(key: str) -> tuple[Series, Series]:
@@ -121,22 +135,26 @@ def curves(panel: Panel, runs: list[Run]) -> list[Curve]:
     return found
 
 
-def _curve(
-    run: int, series: Series, values: list[tuple[int, float | None]], positive: bool
-) -> Curve:
+def _curve(run: int, series: Series, values: list[Value], positive: bool) -> Curve:
+    if positive:
+        values = [
+            (step, value if value is not None and value > 0 else None) for step, value in values
+        ]
+    if series.level:
+        values = [one for one in values if one[1] is not None][-1:]
+    extremes = [(step, value) for step, value in thinned(values) if value is not None]
+    drawn = values if len(values) <= MOST_POINTS else means(values)
     points: list[tuple[int, float]] = []
     gaps = set()
-    for step, value in thinned(values):
-        if value is None or (positive and value <= 0):
+    for step, value in drawn:
+        if value is None:
             gaps.add(len(points))
         else:
             points.append((step, value))
-    if series.level:
-        points, gaps = points[-1:], set()
-    return Curve(run, series, points, frozenset(gaps))
+    return Curve(run, series, points, frozenset(gaps), extremes)
 
 
-def thinned(values: list[tuple[int, float | None]]) -> list[tuple[int, float | None]]:
+def thinned(values: list[Value]) -> list[Value]:
     """At most `MOST_POINTS` values: of equal stretches the lowest and the highest, in their order.
 
     No spike is lost; the first and the last value stay, and so does a value of None, which stands
@@ -145,10 +163,7 @@ def thinned(values: list[tuple[int, float | None]]) -> list[tuple[int, float | N
     if len(values) <= MOST_POINTS:
         return values
     kept = {0, len(values) - 1}
-    stretches = (MOST_POINTS - 2) // 2
-    for stretch in range(stretches):
-        first, end = (len(values) * i // stretches for i in (stretch, stretch + 1))
-        inside = range(first, end)
+    for inside in _stretches(len(values)):
         missing = [i for i in inside if values[i][1] is None]
         if missing:
             kept.add(missing[0])
@@ -158,3 +173,18 @@ def thinned(values: list[tuple[int, float | None]]) -> list[tuple[int, float | N
             max(inside, key=lambda i: values[i][1]),
         }
     return [values[i] for i in sorted(kept)]
+
+
+def means(values: list[Value]) -> list[Value]:
+    """The means of the same stretches, at their last steps; None where a value is None."""
+    found: list[Value] = []
+    for inside in _stretches(len(values)):
+        numbers = [values[i][1] for i in inside]
+        mean = None if None in numbers else math.fsum(numbers) / len(numbers)
+        found.append((values[inside[-1]][0], mean))
+    return found
+
+
+def _stretches(count: int) -> list[range]:
+    number = (MOST_POINTS - 2) // 2
+    return [range(count * i // number, count * (i + 1) // number) for i in range(number)]
