@@ -211,6 +211,7 @@ class RunConfig(_Section):
         3600, "seconds without a step that end the run with all stacks; 0 never", minimum=0
     )
     tensorboard: bool = _option(False, "write TensorBoard events too (needs tensorboard)")
+    wandb: bool = _option(False, "write a Weights & Biases run too, offline (needs wandb)")
     recompute: str = _option(
         "norms",
         "what the backward pass computes again: nothing, outputs of norms, layers",

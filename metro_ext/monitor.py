@@ -22,12 +22,13 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TextIO
 
 from metro_ext.atomic import atomic_write
+from metro_ext.boards import Board
 from metro_ext.errors import UserError
 
 # Present in every record of metrics.jsonl, in this order after `step`.
@@ -50,11 +51,11 @@ class Monitor:
     resumed_tokens: tokens seen up to resumed_step.
     checksums: what `sync` returned at resumed_step; records that differ are warned of.
     flops_per_token, peak_flops: FLOPs a token costs, FLOP/s the hardware can do, for the MFU.
-    tensorboard: write TensorBoard events too.
+    boards: told every number too, and closed with the monitor (`metro_ext.boards`).
     stream: where lines and bar go; by default the standard output at the time of the call.
     clock: seconds from any start.
 
-    Raises UserError where a file cannot be written, or tensorboard is asked for and missing.
+    Raises UserError where a file cannot be written.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class Monitor:
         checksums: Mapping[str, str] = MappingProxyType({}),
         flops_per_token: float | None = None,
         peak_flops: float | None = None,
-        tensorboard: bool = False,
+        boards: Sequence[Board] = (),
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -77,7 +78,7 @@ class Monitor:
         self._stream = stream or sys.stdout
         self._live = self._stream.isatty()
         self._clock = clock
-        self._board = _tensorboard(Path(run_dir), resumed_step) if tensorboard else None
+        self._boards = list(boards)
         self._records = {
             name: _Records(Path(run_dir) / name, resumed_step)
             for name in (METRICS_FILE, TIMING_FILE, EVALUATION_FILE)
@@ -120,7 +121,7 @@ class Monitor:
         self._waited = 0.0
         self._records[METRICS_FILE].append(step, values)
         self._records[TIMING_FILE].append(step, timing)
-        self._to_board("train", step, values | timing)
+        self._to_boards("train", step, values | timing)
         self._print(_line(step, self._total, values, timing, eta))
         self._step, self._interval_start = step, now
 
@@ -128,7 +129,7 @@ class Monitor:
         """Records metrics on held-out text and prints them on a line."""
         values = {key: _number(value) for key, value in metrics.items()}
         self._records[EVALUATION_FILE].append(step, values)
-        self._to_board("eval", step, values)
+        self._to_boards("eval", step, values)
         shown = (f"{key.replace('_', ' ')} {_short(value)}" for key, value in values.items())
         self._print("  ".join([f"{step}/{self._total}  held-out:", *shown]))
 
@@ -173,16 +174,16 @@ class Monitor:
         """
         for records in self._records.values():
             records.sync()
-        if self._board is not None:
-            self._board.flush()
+        for board in self._boards:
+            board.flush()
         return {name: records.checksum for name, records in self._records.items()}
 
     def close(self) -> None:
         self._clear_bar()
         for records in self._records.values():
             records.close()
-        if self._board is not None:
-            self._board.close()
+        for board in self._boards:
+            board.close()
 
     def __enter__(self) -> Monitor:
         return self
@@ -200,11 +201,10 @@ class Monitor:
             self._stream.flush()
             self._bar_shown = False
 
-    def _to_board(self, group: str, step: int, values: Mapping[str, Any]) -> None:
-        if self._board is not None:
-            for key, value in values.items():
-                if value is not None:
-                    self._board.add_scalar(f"{group}/{key}", value, step)
+    def _to_boards(self, group: str, step: int, values: Mapping[str, Any]) -> None:
+        known = {f"{group}/{key}": value for key, value in values.items() if value is not None}
+        for board in self._boards:
+            board.add(step, known)
 
 
 class Silent:
@@ -324,26 +324,6 @@ def _number(value: Any) -> int | float | None:
 
 def _plain(value: int | float | None) -> int | float | str | None:
     return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def require_tensorboard() -> type:
-    """TensorBoard's writer of events.
-
-    Raises:
-        UserError: it is not installed.
-    """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError(
-            "run.tensorboard is true, but TensorBoard is not installed: pip install tensorboard, "
-            "or leave run.tensorboard out"
-        ) from None
-    return SummaryWriter
-
-
-def _tensorboard(run_dir: Path, resumed_step: int) -> Any:
-    return require_tensorboard()(str(run_dir / "tensorboard"), purge_step=resumed_step + 1)
 
 
 def _line(

@@ -27,6 +27,7 @@ RESUMABLE_KEYS = {
     "run.recompute",
     "run.steps",
     "run.tensorboard",
+    "run.wandb",
 }
 
 

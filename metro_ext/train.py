@@ -17,8 +17,9 @@ from shlex import quote
 
 from metro_ext import checkpoint
 from metro_ext.atomic import atomic_write
+from metro_ext.boards import open_boards
 from metro_ext.command_line import USER_ERROR, run
-from metro_ext.config import help_text, load_config, to_toml
+from metro_ext.config import help_text, load_config, to_dict, to_toml
 from metro_ext.config_schema import Config, ParallelConfig
 from metro_ext.distributed import (
     AgreedError,
@@ -93,7 +94,7 @@ def _records(trainer: Trainer) -> Monitor:
         checksums=trainer.records,
         flops_per_token=flops_per_token(config.model, config.objective),
         peak_flops=peak_flops(trainer.device, trainer.dtype) * trainer.world.size,
-        tensorboard=config.run.tensorboard,
+        boards=open_boards(config.run, folder, trainer.step, to_dict(config)),
     )
 
 
@@ -150,6 +151,7 @@ def _conclude(
     say(
         f"\nplot: {picture}\n\ntry next:\n"
         f'  python -m metro_ext.inspect {quote(str(folder))} "it was a dark and [MASK] night"\n'
+        f"  python -m metro_ext.report {quote(str(folder))}\n"
         f"  python -m metro_ext.train --config {quote(str(folder / CONFIG_FILE))} "
         f"--steps {2 * config.run.steps}   # go on for longer\n"
         "  python -m metro_ext.train --preset small --print-config"

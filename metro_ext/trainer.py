@@ -17,6 +17,7 @@ from torch import Tensor
 
 from metro_ext import checkpoint, relaxed
 from metro_ext.batches import EvaluationSource, micro_batch_index, prefetch, training_source
+from metro_ext.boards import require_boards
 from metro_ext.checkpoint import CHECKPOINTS
 from metro_ext.config import to_dict
 from metro_ext.config_schema import Config
@@ -28,7 +29,7 @@ from metro_ext.hardware import DTYPES, choose_device
 from metro_ext.health import Health
 from metro_ext.held_out import evaluate
 from metro_ext.model import PAD_ID
-from metro_ext.monitor import Monitor, Silent, require_tensorboard
+from metro_ext.monitor import Monitor, Silent
 from metro_ext.objective import Objective, mask_count
 from metro_ext.optim import AdamW, learning_rate
 from metro_ext.parallel import check_mode, engine
@@ -47,9 +48,9 @@ def choose_machine(config: Config, world: World) -> tuple[torch.device, bool]:
     All that a run can be refused for before its data are looked at is refused here.
 
     Raises:
-        UserError: a device or TensorBoard is missing, the ranks cannot share the micro-batches of
-            a step, the parallel mode has no launcher, run.graph asks for a graph where there can be
-            none, or run.compile and a schedule meet.
+        UserError: a device or a board (`metro_ext.boards`) is missing, the ranks cannot share the
+            micro-batches of a step, the parallel mode has no launcher, run.graph asks for a graph
+            where there can be none, or run.compile and a schedule meet.
     """
     device = choose_device(config.run.device, world.local_rank)
     if config.run.accumulation % world.size:
@@ -58,8 +59,8 @@ def choose_machine(config: Config, world: World) -> tuple[torch.device, bool]:
             f"of ranks, found {config.run.accumulation} for {world.size} ranks"
         )
     check_mode(config, world)
-    if config.run.tensorboard and world.is_first:
-        require_tensorboard()
+    if world.is_first:
+        require_boards(config.run)
     compiled = config.run.compile
     if compiled and config.objective.has_schedule:
         raise UserError(

@@ -10,9 +10,9 @@ PACKAGE = Path(metro_ext.__file__).parent
 # One direction: a module may import modules of earlier rows (and of its own row, where listed).
 LAYERS = [
     {"errors", "atomic", "sample_text", "recipes", "guards", "health"},
-    {"command_line", "ops", "config_schema", "zstd_files", "parquet_files", "monitor"},
-    {"text_files", "checkpoint_parts"},
-    {"records"},
+    {"command_line", "ops", "config_schema", "zstd_files", "parquet_files"},
+    {"text_files", "checkpoint_parts", "boards"},
+    {"records", "monitor"},
     {"tokenizer", "presets", "checkpoint", "info", "distributed", "hardware", "cuda_graph"},
     {"corpus_format", "corpus_plan", "config", "model", "plot", "tokenizer_json", "made_from"},
     {"word_encoder", "mixture", "saver"},
@@ -29,6 +29,7 @@ LAYERS = [
     {"train_step"},
     {"plan_time", "trainer", "inspect", "export", "evaluate"},
     {"import_mpnet", "plan", "train", "finetune", "replay"},
+    {"report"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

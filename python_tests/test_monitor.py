@@ -217,32 +217,6 @@ def test_sync_reaches_the_disk(tmp_path, monkeypatch):
             log.sync()
 
 
-def test_tensorboard_that_is_missing_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(UserError, match="pip install tensorboard"):
-        Monitor(tmp_path, 10, tensorboard=True)
-    assert not (tmp_path / "metrics.jsonl").exists()
-
-
-def test_tensorboard_gets_what_there_is(tmp_path):
-    pytest.importorskip("tensorboard", reason="needs the extra tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    with Monitor(tmp_path, 10, tensorboard=True, stream=io.StringIO()) as log:
-        for step in (4, 5, 6):
-            log.log(step, {"loss": 2.0 + step})
-    # Resumed after step 4: what was told of later steps is told anew.
-    options = {"tensorboard": True, "resumed_step": 4, "stream": io.StringIO()}
-    with Monitor(tmp_path, 10, **options) as log:
-        log.log(5, {"loss": 0.5})
-        log.log_evaluation(5, {"rtd_auc": 0.75})
-        log.sync()
-        read = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-        assert [(e.step, e.value) for e in read.Scalars("train/loss")] == [(4, 6.0), (5, 0.5)]
-        assert [(e.step, e.value) for e in read.Scalars("eval/rtd_auc")] == [(5, 0.75)]
-        assert "train/rtd_loss" not in read.Tags()["scalars"]
-
-
 @pytest.mark.parametrize(
     ("value", "text"),
     [

@@ -290,10 +290,12 @@ def test_cuda_asked_for_and_missing(text, tmp_path):
         (["--run.graph=on"], "run.graph is on, which needs a CUDA device"),
         (["--parallel=fsdp2"], "needs a launcher"),
         (["--run.tensorboard"], "TensorBoard is not installed"),
+        (["--run.wandb"], "Weights & Biases is not installed"),
     ],
 )
 def test_cheap_checks_come_before_the_preparation(options, message, text, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, "wandb", None)
     words = [*TINY, f"--run={tmp_path / 'run'}", "--run.device=cpu", *text, *options]
     with pytest.raises(UserError, match=message):
         pretrain(load_config(words))
