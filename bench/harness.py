@@ -20,7 +20,6 @@ import torch
 
 from metro_ext.atomic import atomic_write
 from metro_ext.errors import UserError
-from metro_ext.ops import _C
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "bench" / "results"
@@ -227,13 +226,22 @@ def machine(threads: int | None = None) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0))
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count(),
-        "isa": _C.cpu_isa(),
+        "isa": _instruction_set(),
         "memory_gb": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "threads": torch.get_num_threads() if threads is None else threads,
     }
+
+
+def _instruction_set() -> str | None:
+    """Of the CPU kernels; None before the extension is built."""
+    try:
+        from metro_ext import _C
+    except ImportError:
+        return None
+    return _C.cpu_isa()
 
 
 def _cpu_model() -> str:

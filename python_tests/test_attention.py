@@ -108,7 +108,11 @@ def test_a_bias_of_minus_infinity_masks(device):
 @pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
 def test_a_single_token_sees_itself(device, dtype):
     qkv, bias, boundaries, _ = make_inputs([1], 2, 16, device, dtype, 4)
-    assert torch.equal(attention(qkv, boundaries, bias, 4), qkv[:, 2])
+    out = attention(qkv, boundaries, bias, 4)
+    if device == "cuda" and dtype == torch.float32:  # two TF32 numbers hold a little less
+        torch.testing.assert_close(out, qkv[:, 2], rtol=1e-6, atol=1e-6)
+    else:
+        assert torch.equal(out, qkv[:, 2])
 
 
 @pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)

@@ -1,6 +1,8 @@
 """bench/gpu_check.py where there is no GPU: its stages, its record and its refusal."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import time
@@ -214,3 +216,21 @@ def test_the_last_line_has_the_cases_of_all_stages():
     line = json.loads(gpu_check.last_line({"script": "gpu_check"}, results))
     assert line["script"] == "gpu_check"
     assert [case["name"] for case in line["cases"]] == ["a", "b"]
+
+
+def test_it_begins_before_the_extension_is_built(tmp_path):
+    """On a machine that just got the tree it is the check itself that builds."""
+    for folder in ("bench", "metro_ext"):
+        shutil.copytree(
+            REPOSITORY / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.so", "results")
+        )
+    command = [sys.executable, "bench/gpu_check.py", "--help"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "--stages" in done.stdout, done.stderr
+
+
+def test_its_families_are_those_of_the_cases():
+    from bench.cases import FAMILIES
+
+    assert tuple(FAMILIES) == gpu_check.FAMILIES
