@@ -116,6 +116,7 @@ PYBIND11_MODULE(_C, m) {
         py::dict info;
         info["version"] = METRO_VERSION;
         info["compiler"] = __VERSION__;
+        info["flags"] = METRO_FLAGS;
         info["torch_built_against"] = METRO_TORCH_BUILD_VERSION;
         info["torch_target"] = METRO_TORCH_TARGET;
         info["cuda_version"] = METRO_CUDA_VERSION;

@@ -21,6 +21,7 @@ def report() -> str:
     lines = [
         ("metro_ext", f"{metro_ext.__version__} (binary {build['version']})"),
         ("built", f"GCC {build['compiler']}, torch {build['torch_built_against']}"),
+        ("flags", f"{build['flags']}, and those of each instruction set"),
         ("loads in", f"torch >= {build['torch_target']} (LibTorch stable ABI)"),
         ("kernels", f"CPU portable, AVX2, AVX-512, AVX-512 BF16; {cuda}"),
         ("torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}"),

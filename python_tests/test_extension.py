@@ -35,4 +35,5 @@ def test_kernels_are_registered_whatever_torch_was_built_for(operator):
 def test_the_build_tells_what_it_holds():
     build = _C.build_info()
     assert build["torch_target"] == "2.10"
+    assert "-ffp-contract=off" in build["flags"].split()
     assert bool(build["cuda_version"]) == bool(build["cuda_operators"])
