@@ -46,6 +46,7 @@ class Server:
 
     def start(self, argv: list[str], log: Path, **fault: Any) -> int:
         """Begins `python -m metro_ext.train ARGV`; its process id. Output goes to `log`."""
+        log.write_bytes(b"")  # a test that looks before the run has written finds no older output
         return self._ask(do="start", argv=argv, log=str(log), fault=fault)["pid"]
 
     def poll(self, pid: int) -> int | None:
