@@ -16,6 +16,8 @@ STABLE_TORCH_LIBRARY(metro, m) {
   m.def("bias_gelu(Tensor x, Tensor bias) -> Tensor");
   // -> grad_x like x, grad_bias f32 [F].
   m.def("bias_gelu_backward(Tensor grad_out, Tensor x, Tensor bias) -> (Tensor, Tensor)");
+  // The same with grad_x written over a contiguous grad_out. -> grad_bias.
+  m.def("bias_gelu_backward_(Tensor(a!) grad_out, Tensor x, Tensor bias) -> Tensor");
 
   // LayerNorm(residual + dropout(x + bias)). x, residual act [..., H]; bias, weight, shift f32 [H].
   // With p = 0 the seed is not read and may be None; so may bias and residual.

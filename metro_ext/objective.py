@@ -164,7 +164,7 @@ class Objective:
             )
         )
         table = model.main.table(self.dtype)
-        tied = HeadGradients(table.matrix)
+        tied = HeadGradients(table.matrix, table.gradient)
         if model.objective == "mlm":
             hidden = model.main(masked.tokens, packing, table)
             rows = model.main_head.transform(hidden[masked.position])
@@ -220,7 +220,7 @@ class Objective:
         others = []
         if model.config.share_embeddings == "none":
             table = model.auxiliary.table(self.dtype)
-            tied = HeadGradients(table.matrix)
+            tied = HeadGradients(table.matrix, table.gradient)
             others.append(tied)
         elif early_backward:
             table = table.apart()

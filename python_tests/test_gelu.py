@@ -81,6 +81,21 @@ def test_opcheck(device, dtype):
     torch.library.opcheck(torch.ops.metro.bias_gelu, (x, bias))
     arguments = (torch.randn_like(x), x.detach(), bias.detach())
     torch.library.opcheck(torch.ops.metro.bias_gelu_backward, arguments)
+    torch.library.opcheck(torch.ops.metro.bias_gelu_backward_, arguments)
+
+
+@pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
+@pytest.mark.parametrize("shape", [(0, 5), (70, 130), (9, 256)])
+def test_backward_in_place(device, dtype, shape):
+    x, grad = torch.randn(2, *shape, device=device).to(dtype)
+    bias = torch.randn(shape[-1], device=device)
+    expected, expected_bias = torch.ops.metro.bias_gelu_backward(grad, x, bias)
+    grad_bias = torch.ops.metro.bias_gelu_backward_(grad, x, bias)
+    assert torch.equal(grad, expected) and torch.equal(grad_bias, expected_bias)
+    with pytest.raises(RuntimeError, match="bias_gelu_backward_: grad_out must be contiguous"):
+        torch.ops.metro.bias_gelu_backward_(
+            torch.zeros(4, 3).t(), torch.zeros(3, 4), torch.zeros(4)
+        )
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -34,6 +34,24 @@ def test_gradient_is_that_of_plain_autograd(device, dtype, tolerance):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("rows", [1, 5, 3001])  # the last is widened in several pieces
+def test_heads_gradient_is_widened_in_place(device, rows):
+    weight = torch.randn(rows, 40, device=device, requires_grad=True)
+    expected = torch.randn(rows, 40, device=device).bfloat16()
+    table = TokenTable(weight, torch.bfloat16)
+    assert torch.equal(table.matrix, weight.bfloat16())
+    tokens = torch.tensor([0, rows - 1, 0], device=device)
+    looked_up = table.rows(tokens)
+    table.gradient.copy_(expected)
+    (grad,) = torch.autograd.grad([table.matrix, looked_up], weight,
+                                  [table.gradient, torch.ones_like(looked_up)])  # fmt: skip
+    assert grad.data_ptr() == table.matrix.data_ptr()
+    assert torch.equal(
+        grad, expected.float().index_add_(0, tokens, torch.ones_like(looked_up).float())
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_lookups_alone(device):
     weight, tokens = inputs(device)
     TokenTable(weight, torch.bfloat16).rows(tokens[0]).sum().backward()

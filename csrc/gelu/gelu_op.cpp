@@ -32,17 +32,11 @@ Tensor bias_gelu(const Tensor& x_any, const Tensor& bias_any) {
   return out;
 }
 
-std::tuple<Tensor, Tensor> bias_gelu_backward(const Tensor& grad_any, const Tensor& x_any,
-                                              const Tensor& bias_any) {
-  const char* op = "bias_gelu_backward";
-  const Shape shape = check(op, x_any, bias_any);
-  check_same_shape(op, "grad_out", grad_any, x_any, "x");
-  check_dtype(op, "grad_out", grad_any, x_any.scalar_type());
-  check_same_device(op, "grad_out", grad_any, x_any, "x");
-  const Tensor grad_out = torch::stable::contiguous(grad_any);
+// grad_x may be grad_out, which an elementwise kernel reads before it writes.
+Tensor backward_into(const char* op, const Tensor& grad_x, const Tensor& grad_out,
+                     const Tensor& x_any, const Tensor& bias_any, const Shape& shape) {
   const Tensor x = torch::stable::contiguous(x_any);
   const Tensor bias = torch::stable::contiguous(bias_any);
-  const Tensor grad_x = torch::stable::empty_like(x);
   const Tensor grad_bias = empty_on(x, {shape.cols}, ScalarType::Float);
   const Tensor partials =
       empty_on(x, {bias_gelu_row_blocks(shape.rows), shape.cols}, ScalarType::Float);
@@ -56,12 +50,37 @@ std::tuple<Tensor, Tensor> bias_gelu_backward(const Tensor& grad_any, const Tens
                                  shape.cols,
                                  dtype_of(x)};
   METRO_RUN(op, x, bias_gelu_backward, p);
-  return {grad_x, grad_bias};
+  return grad_bias;
+}
+
+Shape check_backward(const char* op, const Tensor& grad, const Tensor& x, const Tensor& bias) {
+  const Shape shape = check(op, x, bias);
+  check_same_shape(op, "grad_out", grad, x, "x");
+  check_dtype(op, "grad_out", grad, x.scalar_type());
+  check_same_device(op, "grad_out", grad, x, "x");
+  return shape;
+}
+
+std::tuple<Tensor, Tensor> bias_gelu_backward(const Tensor& grad_any, const Tensor& x,
+                                              const Tensor& bias) {
+  const char* op = "bias_gelu_backward";
+  const Shape shape = check_backward(op, grad_any, x, bias);
+  const Tensor grad_out = torch::stable::contiguous(grad_any);
+  const Tensor grad_x = torch::stable::empty_like(grad_out);
+  return {grad_x, backward_into(op, grad_x, grad_out, x, bias, shape)};
+}
+
+Tensor bias_gelu_backward_inplace(const Tensor& grad_out, const Tensor& x, const Tensor& bias) {
+  const char* op = "bias_gelu_backward_";
+  const Shape shape = check_backward(op, grad_out, x, bias);
+  METRO_CHECK(grad_out.is_contiguous(), op, "grad_out must be contiguous, as it is overwritten");
+  return backward_into(op, grad_out, grad_out, x, bias, shape);
 }
 
 void register_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("bias_gelu", TORCH_BOX(&bias_gelu));
   m.impl("bias_gelu_backward", TORCH_BOX(&bias_gelu_backward));
+  m.impl("bias_gelu_backward_", TORCH_BOX(&bias_gelu_backward_inplace));
 }
 
 }  // namespace

@@ -35,6 +35,11 @@ def _(grad_out: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(bias)
 
 
+@torch.library.register_fake("metro::bias_gelu_backward_")
+def _(grad_out: Tensor, x: Tensor, bias: Tensor) -> Tensor:
+    return torch.empty_like(bias)
+
+
 def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 

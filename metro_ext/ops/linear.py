@@ -66,9 +66,9 @@ class _BiasGeluLinear(torch.autograd.Function):
     def backward(ctx, grad_out: Tensor):
         x, bias, weight = ctx.saved_tensors
         grad_weight = _product(grad_out.t(), bias_gelu(x, bias).t()).to(weight.dtype)
-        grad_inner = _product(grad_out, weight.to(x.dtype).t())
-        grad_x, grad_bias = torch.ops.metro.bias_gelu_backward(grad_inner, x, bias)
-        return grad_x, grad_bias, grad_weight
+        grad = _product(grad_out, weight.to(x.dtype).t())
+        grad_bias = torch.ops.metro.bias_gelu_backward_(grad, x, bias)
+        return grad, grad_bias, grad_weight
 
 
 def linear(x: Tensor | Normed, weight: Tensor, bias: Tensor | None = None) -> Tensor:

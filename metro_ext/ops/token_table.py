@@ -19,6 +19,11 @@ class TokenTable:
         dtype: of rows and matrix; the rounded copy is made once.
 
     matrix: [V, H] in `dtype`, for heads tied to the table.
+    gradient: like `matrix`, uninitialised: where the heads may put its gradient. Backward, the
+        float32 gradient of ``weight`` is then widened in place, over the matrix that nobody reads
+        any more: at that moment most of a step's memory has been handed back, but in pieces among
+        the gradients of layers, and another block of this size would come on top of them. None
+        where `dtype` is that of ``weight``, or under ``torch.compile``.
 
     An instance serves one forward and backward pass. Under ``torch.compile``, which cannot follow
     the collection, it is plain autograd.
@@ -28,7 +33,14 @@ class TokenTable:
         self.weight = weight
         self.plain = torch.compiler.is_compiling()
         self.lookups: list[tuple[Tensor, Tensor]] = []
-        self.matrix = weight.to(dtype) if self.plain else _Table.apply(weight, dtype, self.lookups)
+        self.gradient = None
+        if self.plain or weight.dtype == dtype:
+            ours = weight.to(dtype) if self.plain else _Table.apply(weight, None, self.lookups)
+        else:
+            both = weight.new_empty(2, *weight.shape, dtype=dtype)
+            self.gradient = both[1]
+            ours = _Table.apply(weight, both, self.lookups)
+        self.matrix = ours
 
     def apart(self) -> "TokenTable":
         """The same table for lookups in a part of the step that goes backward first, by itself.
@@ -48,22 +60,55 @@ class TokenTable:
 
 
 class _Table(torch.autograd.Function):
+    """The matrix of a weight: itself, or its rounded copy in the first half of ``both``."""
+
     @staticmethod
-    def forward(ctx, weight: Tensor, dtype: torch.dtype, lookups: list) -> Tensor:
+    def forward(ctx, weight: Tensor, both: Tensor | None, lookups: list) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(weight)
-        ctx.lookups = lookups
-        return weight.to(dtype) if weight.dtype != dtype else weight.view_as(weight)
+        ctx.both, ctx.lookups = both, lookups
+        if both is None:
+            return weight.view_as(weight)
+        # Not a view: autograd would refuse one whose base is written to later.
+        half = both.new_empty(0).set_(both.untyped_storage(), 0, weight.shape)
+        return half.copy_(weight)
 
     @staticmethod
     def backward(ctx, grad: Tensor | None):
         # Autograd comes here after every use of the matrix, so the lookups have all reported.
         (weight,) = ctx.saved_tensors
-        grad = torch.zeros_like(weight) if grad is None else grad.to(weight.dtype)
+        both, ctx.both = ctx.both, None
+        if grad is None:
+            grad = torch.zeros_like(weight)
+        elif both is not None and grad.data_ptr() == both[1].data_ptr():
+            grad = _widen(both, weight)
+        else:
+            grad = grad.to(weight.dtype)
         for tokens, rows in ctx.lookups:
             _add_rows(grad, tokens, rows.to(weight.dtype))
         ctx.lookups.clear()
         return grad, None, None
+
+
+# What is left is copied out first: fewer elements than are worth a call of their own.
+_WIDEN_AT_ONCE = 1 << 14
+
+
+def _widen(both: Tensor, weight: Tensor) -> Tensor:
+    """The second half of ``both`` in float32, like ``weight``, over the memory of the whole."""
+    narrow = both[1].flatten()
+    wide = both.view(-1).view(weight.dtype)
+    done, count = 0, wide.numel()
+    while done < count:
+        # Elements [done, end) fill the bytes [4 done, 4 end); those not read yet begin at byte
+        # 2 (count + done): half of what is left can be written without reaching them.
+        end = done + (count - done) // 2
+        if end - done < _WIDEN_AT_ONCE:
+            wide[done:] = narrow[done:].clone()
+            break
+        wide[done:end] = narrow[done:end]
+        done = end
+    return wide.view(weight.shape)
 
 
 def _add_rows(grad: Tensor, tokens: Tensor, rows: Tensor) -> None:

@@ -104,10 +104,11 @@ class HeadGradients:
 
     Args:
         weight: the matrix [V, H].
+        room: contiguous, like ``weight``: takes its gradient, so that nothing is allocated for it.
     """
 
-    def __init__(self, weight: Tensor):
-        self._weight = weight
+    def __init__(self, weight: Tensor, room: Tensor | None = None):
+        self._weight, self._room = weight, room
         self._grad_weight: Tensor | None = None
         self._inputs: list[Tensor] = []
         self._grads: list[Tensor] = []
@@ -132,7 +133,10 @@ class HeadGradients:
         hidden_plain, weight, bias_plain = _plain(*given)
         is_first = self._grad_weight is None
         if is_first:
-            self._grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+            room = self._room
+            if room is None:
+                room = torch.empty_like(weight, memory_format=torch.contiguous_format)
+            self._grad_weight = room
         *head, grad_hidden, grad_bias = torch.ops.metro.vocab_head_gradients(
             hidden_plain, weight, bias_plain, target, seed, temperature, draw, scale.detach(),
             self._grad_weight, not is_first,
@@ -167,8 +171,11 @@ class _Attach(torch.autograd.Function):
     def backward(ctx, grad_loss: Tensor):
         if not torch.compiler.is_compiling():
             refuse_second_order("metro::vocab_head_gradients")
+        grads = ctx.saved_tensors
         # In place, as the matrix's is large; a second backward pass is then refused by autograd.
-        grads = [grad.mul_(grad_loss) for grad in ctx.saved_tensors]
+        # Nearly always by 1, which the CPU knows without waiting for anything.
+        if torch.compiler.is_compiling() or grad_loss.is_cuda or grad_loss.item() != 1:
+            grads = [grad.mul_(grad_loss) for grad in grads]
         return grad_loss, None, *grads, *[None] * len(grads)
 
 
