@@ -14,7 +14,7 @@ that are missing for it are padding at the end of the batch.
 import collections
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
@@ -165,7 +165,9 @@ class MixtureSource:
     Every corpus is walked through epoch by epoch in an order of its own, at the pace of its share.
     """
 
-    def __init__(self, mixture: Mixture, tokens_per_batch: int, sequence_length: int, seed: int):
+    def __init__(
+        self, mixture: Mixture[Corpus], tokens_per_batch: int, sequence_length: int, seed: int
+    ):
         """Take windows of a mixture; the other arguments and errors are those of `BatchSource`."""
         self.mixture = mixture
         self.seed = seed
@@ -200,7 +202,7 @@ class MixtureSource:
 
 
 def training_source(
-    mixture: Mixture, tokens_per_batch: int, sequence_length: int, seed: int
+    mixture: Mixture[Corpus], tokens_per_batch: int, sequence_length: int, seed: int
 ) -> BatchSource | MixtureSource:
     """The source of a run's batches: of one corpus those that `BatchSource` makes of it."""
     if len(mixture.corpora) == 1:
@@ -248,7 +250,9 @@ def evaluation_batches(
     return (source.batch(i) for i in range(len(source)))
 
 
-def prefetch(source: Source, indices: Iterable[int], depth: int = 2) -> Iterator[Batch]:
+def prefetch(
+    source: Source, indices: Iterable[int], depth: int = 2
+) -> Generator[Batch, None, None]:
     """The batches of the given indices, made ahead on one background thread.
 
     An exception in making a batch is raised where that batch would have come. Closing the

@@ -1,6 +1,7 @@
 """A token embedding table that is read by lookups and by tied vocabulary heads in one step."""
 
 import copy
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,14 +50,14 @@ class TokenTable:
 
 class _Table(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight: Tensor, dtype: torch.dtype, lookups: list) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, dtype: torch.dtype, lookups: list) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(weight)
         ctx.lookups = lookups
         return weight.to(dtype) if weight.dtype != dtype else weight.view_as(weight)
 
     @staticmethod
-    def backward(ctx, grad: Tensor | None):
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         # Autograd comes here after every use of the matrix, so the lookups have all reported.
         (weight,) = ctx.saved_tensors
         grad = torch.zeros_like(weight) if grad is None else grad.to(weight.dtype)
@@ -76,13 +77,13 @@ def _add_rows(grad: Tensor, tokens: Tensor, rows: Tensor) -> None:
 
 class _Lookup(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, matrix: Tensor, tokens: Tensor, lookups: list) -> Tensor:
+    def forward(ctx: Any, matrix: Tensor, tokens: Tensor, lookups: list) -> Tensor:
         ctx.save_for_backward(tokens)
         ctx.lookups = lookups
         return F.embedding(tokens, matrix)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (tokens,) = ctx.saved_tensors
         ctx.lookups.append((tokens, grad))
         return None, None, None
