@@ -9,12 +9,16 @@ Documents are kept apart: a window that crosses a document border gives one sequ
 Every sequence is `<s> ... </s>`; where the cut goes through a document, its first and last token
 give way to them. A piece of one or two tokens has no room for content and is left out; the tokens
 that are missing for it are padding at the end of the batch.
+
+Where documents are so short that this would cost a training batch over 1 % (`reads_on`), it reads
+on behind its last window, and at most two of its tokens are padding.
 """
 
 import collections
 import dataclasses
+import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
@@ -32,6 +36,7 @@ PAD_POSITION = 1
 FIRST_POSITION = 2
 
 MIN_SEQUENCE = 3  # <s>, one token, </s>
+MOST_PADDING = 0.01  # of a training batch; where cuts alone would cost more, it reads on
 
 _FEISTEL_ROUNDS = 6
 _U64 = (1 << 64) - 1
@@ -75,6 +80,16 @@ def max_sequences(tokens_per_batch: int) -> int:
     return tokens_per_batch // MIN_SEQUENCE + 1
 
 
+def reads_on(corpus: Corpus, sequence_length: int) -> bool:
+    """Whether the batches of a corpus read on; it follows from the corpus and the length alone.
+
+    A cut anywhere in a document of n >= 3 tokens leaves out, summed over its n places, 6 tokens:
+    the pieces of 1 and 2 tokens on either side. A window has one cut.
+    """
+    mean = len(corpus) / corpus.manifest.documents  # above the window: nearly all are one piece
+    return mean <= sequence_length and 6 / mean > MOST_PADDING * sequence_length
+
+
 def micro_batch_index(
     step: int, micro: int, rank: int, world_size: int = 1, accumulation: int = 1
 ) -> int:
@@ -108,6 +123,7 @@ class BatchSource:
         self.seed = seed
         self.windows_per_batch = tokens_per_batch // sequence_length
         self.windows_per_epoch = len(corpus) // sequence_length
+        self.reads_on = reads_on(corpus, sequence_length)
 
     def batch(self, index: int) -> Batch:
         """Batch number `index` >= 0.
@@ -119,7 +135,16 @@ class BatchSource:
             raise IndexError(f"batch {index}: the first batch is 0")
         first = index * self.windows_per_batch
         windows = [self.window(first + i) for i in range(self.windows_per_batch)]
-        return _pack(np.stack(windows), index, _mix(self.seed, index, _BATCH_SEED))
+        more = functools.partial(self.behind, first + self.windows_per_batch - 1)
+        seed = _mix(self.seed, index, _BATCH_SEED)
+        return _pack(np.stack(windows), index, seed, more if self.reads_on else None)
+
+    def behind(self, number: int, missing: int) -> np.ndarray:
+        """Text behind a window that packs to `missing` tokens: windows [N, sequence_length]."""
+        start = self.window_start(number) + self.sequence_length
+        count = 1 + 2 * missing // self.sequence_length  # a window of 8 or more loses half at most
+        starts = range(start, start + count * self.sequence_length, self.sequence_length)
+        return np.stack([self._read(place % len(self.corpus)) for place in starts])
 
     def window(self, number: int) -> np.ndarray:
         """The tokens of the window of that number, counted over epochs: [sequence_length]."""
@@ -165,7 +190,9 @@ class MixtureSource:
     Every corpus is walked through epoch by epoch in an order of its own, at the pace of its share.
     """
 
-    def __init__(self, mixture: Mixture, tokens_per_batch: int, sequence_length: int, seed: int):
+    def __init__(
+        self, mixture: Mixture[Corpus], tokens_per_batch: int, sequence_length: int, seed: int
+    ):
         """Take windows of a mixture; the other arguments and errors are those of `BatchSource`."""
         self.mixture = mixture
         self.seed = seed
@@ -174,6 +201,7 @@ class MixtureSource:
             BatchSource(corpus, tokens_per_batch, sequence_length, _mix(seed, i, _COMPONENT))
             for i, corpus in enumerate(mixture.corpora)
         ]
+        self.reads_on = any(source.reads_on for source in self._sources)
 
     def batch(self, index: int) -> Batch:
         """Batch number `index` >= 0.
@@ -184,9 +212,12 @@ class MixtureSource:
         if index < 0:
             raise IndexError(f"batch {index}: the first batch is 0")
         first = index * self.windows_per_batch
-        places = map(self.mixture.place, range(first, first + self.windows_per_batch))
+        places = [self.mixture.place(first + i) for i in range(self.windows_per_batch)]
         windows = [self._sources[which].window(number) for which, number in places]
-        return _pack(np.stack(windows), index, _mix(self.seed, index, _BATCH_SEED))
+        last, number = places[-1]
+        more = functools.partial(self._sources[last].behind, number)
+        seed = _mix(self.seed, index, _BATCH_SEED)
+        return _pack(np.stack(windows), index, seed, more if self.reads_on else None)
 
     def documents(self, index: int) -> dict[str, list[int]]:
         """As that of `BatchSource`, by the corpora's folders."""
@@ -200,7 +231,7 @@ class MixtureSource:
 
 
 def training_source(
-    mixture: Mixture, tokens_per_batch: int, sequence_length: int, seed: int
+    mixture: Mixture[Corpus], tokens_per_batch: int, sequence_length: int, seed: int
 ) -> BatchSource | MixtureSource:
     """The source of a run's batches: of one corpus those that `BatchSource` makes of it."""
     if len(mixture.corpora) == 1:
@@ -248,7 +279,9 @@ def evaluation_batches(
     return (source.batch(i) for i in range(len(source)))
 
 
-def prefetch(source: Source, indices: Iterable[int], depth: int = 2) -> Iterator[Batch]:
+def prefetch(
+    source: Source, indices: Iterable[int], depth: int = 2
+) -> Generator[Batch, None, None]:
     """The batches of the given indices, made ahead on one background thread.
 
     An exception in making a batch is raised where that batch would have come. Closing the
@@ -324,17 +357,27 @@ def _check_sizes(corpus: Corpus, tokens_per_batch: int, sequence_length: int, ne
         )
 
 
-def _pack(windows: np.ndarray, index: int, seed: int) -> Batch:
-    """Turn windows [W, L] of the token stream into one packed batch."""
-    total, length = windows.size, windows.shape[1]
+def _pieces(windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Documents' pieces in windows [W, L] that have room for content: tokens, and their lengths."""
     is_start = windows == BOS_ID
     is_start[:, 0] = True
-    starts = np.flatnonzero(is_start)
-    lengths = np.diff(starts, append=total)
+    lengths = np.diff(np.flatnonzero(is_start), append=windows.size)
     keep = lengths >= MIN_SEQUENCE
+    return windows.reshape(-1)[np.repeat(keep, lengths)].astype(np.int64), lengths[keep]
 
-    tokens = windows.reshape(-1)[np.repeat(keep, lengths)].astype(np.int64)
-    lengths = lengths[keep]
+
+def _pack(
+    windows: np.ndarray, index: int, seed: int, more: Callable[[int], np.ndarray] | None = None
+) -> Batch:
+    """Turn windows [W, L] into one packed batch; more: windows to take missing tokens from."""
+    total, length = windows.size, windows.shape[1]
+    tokens, lengths = _pieces(windows)
+    if more is not None and total - tokens.size >= MIN_SEQUENCE:
+        own, own_lengths = _pieces(more(total - tokens.size))
+        ends = np.minimum(np.cumsum(np.concatenate([lengths, own_lengths])), total)
+        lengths = np.diff(ends, prepend=0)
+        lengths = lengths[lengths >= MIN_SEQUENCE]  # only the last ones can have become too short
+        tokens = np.concatenate([tokens, own])[: lengths.sum()]
     ends = np.cumsum(lengths)
     starts = ends - lengths
     tokens[starts] = BOS_ID

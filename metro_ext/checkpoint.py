@@ -136,7 +136,7 @@ def load_checkpoint(folder: str | Path, step: int | None = None, device: str = "
 
     Raises UserError where there is none, or where the one asked for, or every one, is damaged.
     """
-    folder, damaged = Path(folder), []
+    folder = Path(folder)
     if step is None:
         step, damaged = latest_valid(folder)
         if step is None and damaged:
@@ -168,7 +168,7 @@ def latest_valid(folder: str | Path) -> Latest:
     Reads every file of the checkpoints it looks at. With no step but damaged checkpoints, a run
     must not quietly start over.
     """
-    damaged = []
+    damaged: list[str] = []
     for step in checkpoint_steps(folder):
         problem = damage(folder, step)
         if not problem:

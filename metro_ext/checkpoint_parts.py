@@ -19,7 +19,7 @@ from torch import Tensor
 from metro_ext.errors import UserError
 
 
-def write_parts(path: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup) -> None:
+def write_parts(path: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> None:
     """Writes this rank's part into the folder, synced to disk. A collective.
 
     Args:
@@ -69,10 +69,13 @@ def read_into(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def read_whole(path: Path, device: str = "cpu") -> dict[str, Tensor]:
     """All tensors of the folder, whole, on `device`."""
     from torch.distributed.checkpoint import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     found = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
     tensors = {
-        name: torch.empty(value.size, dtype=value.properties.dtype) for name, value in found.items()
+        name: torch.empty(value.size, dtype=value.properties.dtype)
+        for name, value in found.items()
+        if isinstance(value, TensorStorageMetadata)  # its files hold nothing else
     }
     read_into(path, tensors)
     return {name: value.to(device) for name, value in tensors.items()}

@@ -62,7 +62,7 @@ def at_least(minimum: int) -> Callable[[str], int]:
 
 def describe_os_error(error: OSError) -> str:
     """One sentence: the file, what the operating system refused, the remedy."""
-    reason = _REMEDY.get(error.errno, error.strerror or str(error))
+    reason = _REMEDY.get(error.errno or 0, error.strerror or str(error))
     return f"{error.filename}: {reason}" if error.filename is not None else reason
 
 

@@ -154,7 +154,8 @@ def _build(values: Mapping[str, Any]) -> Config:
     for key in FIELDS:
         section, name = key.split(".")
         sections[section][name] = values[key]
-    return Config(values["preset"], **{name: SECTIONS[name](**sections[name]) for name in SECTIONS})
+    made: dict[str, Any] = {name: SECTIONS[name](**sections[name]) for name in SECTIONS}
+    return Config(values["preset"], **made)
 
 
 def _preset_name(name: Any) -> str:

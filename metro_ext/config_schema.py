@@ -23,6 +23,7 @@ def _option(default: Any, help_line: str, **bounds: Any) -> Any:
     return field(default=default, metadata={"help": help_line, **bounds})
 
 
+@dataclass(frozen=True)
 class _Section:
     """A group of keys: every field is checked when the object is made."""
 

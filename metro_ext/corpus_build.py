@@ -8,6 +8,7 @@ on the input and the options alone.
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import math
 import os
@@ -152,7 +153,7 @@ def _build(
             for block in starts:
                 file.write(block)
         shards = _shards(pool, parts, starts.unit_tokens, plan.options.shard_tokens)
-    counts = sum(read_counts(parts, index) for index in range(len(shards)))
+    counts = functools.reduce(np.add, (read_counts(parts, i) for i in range(len(shards))))
     with atomic_write(corpus / COUNTS) as file:
         file.write(counts)
     tokenizer.save(corpus / TOKENIZER)
@@ -166,7 +167,7 @@ def _build(
         documents_sha256=starts.sha256.hexdigest(),
         unigram_entropy_nats=unigram_entropy(counts, tokenizer.special_ids),
         shards=tuple(shards),
-        counts_sha256=hashlib.sha256(counts).hexdigest(),
+        counts_sha256=hashlib.sha256(counts.data).hexdigest(),
         duplicates=starts.duplicates if plan.options.dedup else None,
     )
     write_manifest(corpus, manifest)

@@ -58,7 +58,7 @@ def _deal(parts: Path, units: int, count: int) -> list[Path]:
             borders = np.searchsorted(chosen[order], np.arange(count + 1))
             for i in np.flatnonzero(np.diff(borders)):
                 with open(files[i], "ab") as file:
-                    file.write(entries[order[borders[i] : borders[i + 1]]])
+                    file.write(entries[order[borders[i] : borders[i + 1]]].data)
     return files
 
 

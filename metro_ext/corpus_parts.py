@@ -151,7 +151,7 @@ class _PartWriter:
         self._pending.append(ids)
         self._length += ids.size
         if self._hash is not None:
-            self._hash.update(ids)
+            self._hash.update(ids.data)
 
     def _end_document(self) -> None:
         if self._length:
@@ -165,8 +165,8 @@ class _PartWriter:
 
     def _flush(self) -> None:
         if self._pending:
-            self._ids_file.write(np.concatenate(self._pending))
-        self._docs_file.write(np.array(self._records, DOCUMENT))
+            self._ids_file.write(np.concatenate(self._pending).data)
+        self._docs_file.write(np.array(self._records, DOCUMENT).data)
         self._pending, self._records = [], []
 
 

@@ -98,7 +98,9 @@ def make_plan(inputs: Iterable[str | os.PathLike], options: Options) -> Plan:
         UserError: see `find_text_files`; a .parquet file without the column; a missing extra.
     """
     paths = find_text_files(inputs)
-    files, units, filled = [], [], 0
+    files: list[InputFile] = []
+    units: list[list[tuple[int, int, int]]] = []
+    filled = 0
     for index, path in enumerate(paths):
         check_text_file(path, options.field)
         files.append(_look(path))

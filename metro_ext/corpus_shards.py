@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ class ShardTask:
     sources: list[tuple[int, int, int]]
 
 
-def shard_tasks(kept_tokens: list[int], shard_tokens: int) -> Iterator[ShardTask]:
+def shard_tasks(kept_tokens: Sequence[int], shard_tokens: int) -> Iterator[ShardTask]:
     """Cut the stream of all units' tokens into shards of equal size, the last one excepted.
 
     Args:
@@ -104,7 +104,7 @@ def _digest(blocks: Iterator[np.ndarray], vocab_size: int) -> tuple[str, np.ndar
     """SHA-256 of all blocks, and how often each id occurs."""
     digest, counts = hashlib.sha256(), np.zeros(vocab_size, np.int64)
     for block in blocks:
-        digest.update(block)
+        digest.update(block.data)
         counts += np.bincount(block, minlength=vocab_size)[:vocab_size]
     return digest.hexdigest(), counts
 

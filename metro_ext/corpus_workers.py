@@ -118,13 +118,17 @@ class Workers:
 class _Process:
     def __init__(self, folder: Path):
         command = [sys.executable, "-c", _LAUNCH, json.dumps(sys.path), str(folder)]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self._process = subprocess.Popen(command, text=True, encoding="utf-8", **pipes)
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, text=True, encoding="utf-8"
+        )
+        assert self._process.stdin is not None and self._process.stdout is not None  # pipes
+        self._tasks, self._answers = self._process.stdin, self._process.stdout
 
     def call(self, method: str, task: Any) -> Any:
         try:
-            print(json.dumps([method, task]), file=self._process.stdin, flush=True)
-            line = self._process.stdout.readline()
+            print(json.dumps([method, task]), file=self._tasks, flush=True)
+            line = self._answers.readline()
         except (BrokenPipeError, ValueError):  # ValueError: closed by `close`
             line = ""
         if not line:
@@ -144,7 +148,7 @@ class _Process:
     def close(self) -> None:
         self._process.kill()
         self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
+        for pipe in (self._tasks, self._answers):
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()
 

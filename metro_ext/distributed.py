@@ -122,7 +122,7 @@ class World:
         """
         if not self.distributed:
             return action()
-        result, message = None, ""
+        message = ""
         try:
             result = action()
         except UserError as error:
@@ -130,13 +130,14 @@ class World:
         except OSError as error:
             message = f"{error.filename or 'the system'}: {error.strerror or error}"
         self._agree(message)
-        return result
+        return result  # where there is none, the line above has raised
 
     def in_turn(self, action: Callable[[], T]) -> T:
         """As `together`, but rank 0 is done before the others begin: it makes files they read."""
-        first = self.together(lambda: action() if self.is_first else None)
-        rest = self.together(lambda: None if self.is_first else action())
-        return first if self.is_first else rest
+        found: list[T] = []
+        self.together(lambda: found.append(action()) if self.is_first else None)
+        self.together(lambda: None if self.is_first else found.append(action()))
+        return found[0]
 
     def _agree(self, message: str) -> None:
         for rank, text in enumerate(self.gather(message)):

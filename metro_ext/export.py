@@ -39,6 +39,7 @@ def export_masked_lm(pretrained: Pretrained, out: Path, classes: str = "mpnet") 
     model, config = pretrained.model, pretrained.config.model
     encoder = model.main if model.auxiliary is None else model.auxiliary
     head = model.main_head if model.auxiliary is None else model.auxiliary_head
+    assert head is not None  # every objective has one or the other
     document = mpnet.mpnet_config(config, len(encoder.layers), f"{CLASSES[classes]}ForMaskedLM")
     tensors = {f"mpnet.{name}": value for name, value in mpnet.encoder_tensors(encoder).items()}
     tensors |= mpnet.language_model_tensors(head)

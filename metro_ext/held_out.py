@@ -9,7 +9,7 @@ from torch import Tensor
 
 from metro_ext.batches import Batch
 from metro_ext.model import Packing, PretrainingModel
-from metro_ext.objective import FIGURES, IGNORED, Objective
+from metro_ext.objective import FIGURES, IGNORED, RunsObjective
 
 
 def pack(batch: Batch, device: torch.device) -> tuple[Tensor, Packing]:
@@ -26,7 +26,7 @@ def pack(batch: Batch, device: torch.device) -> tuple[Tensor, Packing]:
 @torch.no_grad()
 def evaluate(
     model: PretrainingModel,
-    objective: Objective,
+    objective: RunsObjective,
     batches: Iterable[Batch],
     device: torch.device,
     unigram_nats: np.ndarray,
@@ -34,6 +34,7 @@ def evaluate(
     """Figures of the model on batches; the model's mode is kept.
 
     Args:
+        objective: an `Objective`, or what runs one.
         unigram_nats: float64 [V], -ln of each token's frequency in the training text: the model
             that knows nothing but frequencies, scored on the same masked tokens.
 
@@ -52,7 +53,7 @@ def evaluate(
         sums += out.metrics.double().cpu()
         target = out.target.cpu().numpy()
         unigram_loss += float(unigram_nats[target[target != IGNORED]].sum())
-        if out.rtd_logit is not None:
+        if out.rtd_logit is not None and out.label is not None:
             kept = (out.label <= 1).cpu()
             logits.append(out.rtd_logit.cpu()[kept].numpy())
             labels.append(out.label.cpu()[kept].numpy())

@@ -31,7 +31,9 @@ class MetroMPNetConfig(MPNetConfig):
 class MetroMPNetEncoder(MPNetEncoder):
     """MPNet's layers with the configuration's buckets."""
 
-    def compute_position_bias(self, x: Tensor, position_ids=None, num_buckets=None) -> Tensor:
+    def compute_position_bias(
+        self, x: Tensor, position_ids: object = None, num_buckets: object = None
+    ) -> Tensor:
         """[B, heads, L, L] for hidden states x [B, L, H]; the two options are not used."""
         place = torch.arange(x.size(1), device=x.device)
         bucket = self.relative_position_bucket(

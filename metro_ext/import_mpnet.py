@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from metro_ext import mpnet
 from metro_ext.atomic import atomic_write
@@ -68,7 +69,7 @@ def write_start(
 ) -> None:
     """A run that has not made a step yet: its checkpoint and its tokenizer."""
     optimizer = AdamW(model, config.optim)
-    whole = {f"model.{name}": value for name, value in model.named_parameters()}
+    whole: dict[str, Tensor] = {f"model.{name}": value for name, value in model.named_parameters()}
     whole |= {f"optimizer.{name}": value for name, value in optimizer.tensors().items()}
     tally = Tally(torch.device("cpu"))
     whole |= {f"interval.{name}": value for name, value in tally.tensors().items()}

@@ -54,6 +54,7 @@ def inspect(pretrained: Pretrained, sentence: str, count: int = 5) -> Inspection
     encoder = model.auxiliary or model.main
     head = model.auxiliary_head or model.main_head
     if masks:
+        assert head is not None  # an objective without an auxiliary model has a main head
         table = encoder.table(torch.float32)
         hidden = head.transform(encoder(packed.tokens, packed.packing, table)[masks])
         logits = F.linear(hidden, encoder.embeddings.token, head.bias)

@@ -45,7 +45,7 @@ class TextFile:
     def is_same(self, recorded: Mapping[str, Setting]) -> bool:
         """Whether it holds the text of a record: a copy, or one only touched, still does."""
         name = Path(self.path).name  # tells the format
-        if (name, self.size) != (Path(recorded["path"]).name, recorded["size"]):
+        if (name, self.size) != (Path(str(recorded["path"])).name, recorded["size"]):
             return False
         untouched = (self.path, self.changed) == (recorded["path"], recorded["changed"])
         return untouched or self.sha256 == recorded["sha256"]

@@ -6,13 +6,14 @@ shares are exact: of any first n windows a corpus has its share, but for less th
 each corpus before it.
 """
 
+import functools
 import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -30,8 +31,11 @@ class Corpus(Protocol):
     def unigram_counts(self) -> np.ndarray: ...
 
 
+C = TypeVar("C", bound=Corpus)
+
+
 @dataclass(frozen=True, eq=False)
-class Mixture:
+class Mixture(Generic[C]):
     """Corpora of one tokenizer and their weights.
 
     Attributes:
@@ -40,11 +44,11 @@ class Mixture:
             sum, `total`.
     """
 
-    corpora: tuple[Corpus, ...]
+    corpora: tuple[C, ...]
     weights: tuple[int, ...]
 
     @classmethod
-    def of(cls, corpora: Sequence[Corpus], weights: Sequence[Fraction] | None = None) -> "Mixture":
+    def of(cls, corpora: Sequence[C], weights: Sequence[Fraction] | None = None) -> "Mixture[C]":
         """Corpora with weights of any scale; by default each weighs its tokens.
 
         Raises:
@@ -100,7 +104,8 @@ class Mixture:
         if len(self.corpora) == 1:
             return self.corpora[0].unigram_counts().astype(np.float64)
         parts = zip(self.corpora, self.shares, strict=True)
-        return len(self) * sum(share / len(c) * c.unigram_counts() for c, share in parts)
+        counts = (share / len(c) * c.unigram_counts() for c, share in parts)
+        return len(self) * functools.reduce(np.add, counts)
 
     def describe(self) -> list[str]:
         """A line for each corpus: its share, its tokens, and what the mixture takes it through."""

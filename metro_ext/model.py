@@ -7,13 +7,14 @@ encoder exports as a stock ``MPNetModel``. Both encoders run on packed sequences
 computed on padding between them.
 
 Parameters are float32; the dtype of the token table (``Encoder.table``) is what the matrix products
-and activations use. Dropout draws
-from the seed it is given: the same (seed, draw) gives the same mask wherever it runs.
+and activations use. Dropout draws from the seed it is given: the same (seed, draw) gives the same
+mask wherever it runs.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +66,7 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(hidden))
         self.eps = eps
 
-    def forward(self, x: Tensor, **fused) -> Normed:
+    def forward(self, x: Tensor, **fused: Any) -> Normed:
         return normed(x, self.weight, self.bias, eps=self.eps, **fused)
 
 
@@ -74,18 +75,20 @@ class Embeddings(nn.Module):
 
     def __init__(self, config: ModelConfig, share: "Embeddings | None" = None):
         super().__init__()
-        share_all = share is not None and config.share_embeddings == "all"
-        share_token = share is not None and config.share_embeddings != "none"
-        positions = config.sequence_length + FIRST_POSITION
-        self.token = (
-            share.token
-            if share_token
-            else nn.Parameter(torch.empty(config.vocab_size, config.hidden))
-        )
-        self.position = (
-            share.position if share_all else nn.Parameter(torch.empty(positions, config.hidden))
-        )
-        self.norm = share.norm if share_all else LayerNorm(config.hidden, config.layer_norm_eps)
+        shares = config.share_embeddings
+        self.token: nn.Parameter
+        self.position: nn.Parameter
+        self.norm: LayerNorm
+        if share is not None and shares != "none":
+            self.token = share.token
+        else:
+            self.token = nn.Parameter(torch.empty(config.vocab_size, config.hidden))
+        if share is not None and shares == "all":
+            self.position, self.norm = share.position, share.norm
+        else:
+            positions = config.sequence_length + FIRST_POSITION
+            self.position = nn.Parameter(torch.empty(positions, config.hidden))
+            self.norm = LayerNorm(config.hidden, config.layer_norm_eps)
 
     def forward(self, tokens: Tensor, positions: Tensor, table: TokenTable) -> Normed:
         rows = table.rows(tokens)
@@ -256,7 +259,10 @@ class PretrainingModel(nn.Module):
             raise ValueError("PretrainingModel: config.vocab_size must be set")
         self.config, self.objective = config, objective
         self.main = Encoder(config, config.layers, config.dropout, 0, None)
-        self.auxiliary = self.auxiliary_head = self.rtd_head = self.main_head = None
+        self.auxiliary: Encoder | None = None
+        self.auxiliary_head: LanguageModelHead | None = None
+        self.rtd_head: ReplacedTokenHead | None = None
+        self.main_head: LanguageModelHead | None = None
         if objective != "mlm":
             self.auxiliary = Encoder(
                 config, config.aux_layers, config.aux_dropout, AUXILIARY_DRAWS, self.main.embeddings

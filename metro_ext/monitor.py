@@ -73,7 +73,8 @@ class Monitor:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._total = total_steps
-        self._step, self._tokens = resumed_step, resumed_tokens
+        self._step = resumed_step
+        self._tokens: float = resumed_tokens
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
         self._stream = stream or sys.stdout
         self._live = self._stream.isatty()
@@ -104,7 +105,7 @@ class Monitor:
         values |= {key: _number(value) for key, value in metrics.items()}
         now = self._clock()
         seconds = max(now - self._interval_start, 1e-9)
-        tokens = values["tokens"]
+        tokens = values["tokens"]  # a whole number
         tokens_per_s = mfu = None
         if tokens is not None:
             tokens_per_s = (tokens - self._tokens) / seconds

@@ -11,6 +11,7 @@ samples. A sample equal to the original counts as original.
     mlm       MLM of the main model alone: BERT
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -97,6 +98,10 @@ def scheduled(start: float, end: float, step: int, steps: int) -> float:
     return start + (end - start) * stage / STAGES
 
 
+# An `Objective`, or one that is compiled: (model, tokens, packing, denominators[, early_backward]).
+RunsObjective = Callable[..., StepOutput]
+
+
 class Objective:
     """Runs one objective on a model.
 
@@ -167,6 +172,7 @@ class Objective:
         tied = HeadGradients(table.matrix, table.gradient)
         if model.objective == "mlm":
             hidden = model.main(masked.tokens, packing, table)
+            assert model.main_head is not None  # the one head of this objective
             rows = model.main_head.transform(hidden[masked.position])
             weight = self.mlm_weight
             mlm = self._vocabulary(
@@ -217,7 +223,8 @@ class Objective:
         early_backward: bool,
     ) -> _Auxiliary:
         """The auxiliary model's samples and loss; its own backward pass, if it is to be early."""
-        others = []
+        others: list[HeadGradients] = []
+        assert model.auxiliary is not None and model.auxiliary_head is not None
         if model.config.share_embeddings == "none":
             table = model.auxiliary.table(self.dtype)
             tied = HeadGradients(table.matrix, table.gradient)

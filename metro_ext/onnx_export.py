@@ -11,6 +11,7 @@ import shutil
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ OUTPUTS = {
 }
 
 
-def _libraries():
+def _libraries() -> tuple[Any, Any, Any]:
     try:
         import onnx
         import onnxruntime
@@ -53,7 +54,9 @@ class _Wrapper(torch.nn.Module):
         super().__init__()
         self.model, self.outputs = model, outputs
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor):
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
         found = self.model(input_ids=input_ids, attention_mask=attention_mask)
         return tuple(found[name] for name in self.outputs)
 

@@ -1,7 +1,10 @@
 """AdamW as METRO's recipe uses it, and its learning-rate schedule."""
 
+from collections.abc import Iterator
+from typing import Protocol
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.adamw import adamw
 
 from metro_ext.config_schema import OptimConfig
@@ -24,6 +27,12 @@ def decays(name: str, parameter: Tensor) -> bool:
     return parameter.dim() == 2 and not name.endswith("relative_bias")
 
 
+class HasParameters(Protocol):
+    """A module, or an engine that holds one."""
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]: ...
+
+
 class AdamW:
     """Decoupled weight decay (Loshchilov & Hutter, arXiv 1711.05101) by torch's fused kernel.
 
@@ -35,9 +44,9 @@ class AdamW:
         config: betas, epsilon and weight decay.
     """
 
-    def __init__(self, model: nn.Module, config: OptimConfig):
+    def __init__(self, model: HasParameters, config: OptimConfig):
         self.config = config
-        self.parameters = dict(model.named_parameters())
+        self.parameters: dict[str, Tensor] = dict(model.named_parameters())
         self.exp_avg = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
         self.exp_avg_sq = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
         # One count a parameter, on its device: what the fused kernel asks for.
@@ -62,16 +71,17 @@ class AdamW:
                 left out, 0 or None: they are made.
         """
         for decay in (True, False):
-            names = [
-                name
+            gradients = {
+                name: parameter.grad
                 for name, parameter in self.parameters.items()
                 if parameter.grad is not None and decays(name, parameter) == decay
-            ]
-            if not names:
+            }
+            if not gradients:
                 continue
+            names = list(gradients)
             adamw(
                 [self.parameters[name] for name in names],
-                [self.parameters[name].grad for name in names],
+                list(gradients.values()),
                 [self.exp_avg[name] for name in names],
                 [self.exp_avg_sq[name] for name in names],
                 [],

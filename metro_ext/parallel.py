@@ -16,7 +16,8 @@ rest, and gradients, travel in float32.
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -27,11 +28,14 @@ from metro_ext.config_schema import Config
 from metro_ext.distributed import World
 from metro_ext.errors import UserError
 from metro_ext.hardware import DTYPES
-from metro_ext.model import Packing, PretrainingModel, start_value
-from metro_ext.objective import Objective, StepOutput
+from metro_ext.model import Layer, Packing, PretrainingModel, start_value
+from metro_ext.objective import Objective, RunsObjective, StepOutput
 from metro_ext.ops import Normed
 from metro_ext.optim import decays
 from metro_ext.products import lower_products
+
+if TYPE_CHECKING:  # imported only by the engines that need it: it takes a second
+    from torch.distributed.tensor import DTensor
 
 
 class Local:
@@ -44,7 +48,9 @@ class Local:
             one backward pass after the forward pass, nor for torch.compile.
     """
 
-    def __init__(self, model: PretrainingModel, objective: Objective, early_backward: bool = False):
+    def __init__(
+        self, model: PretrainingModel, objective: RunsObjective, early_backward: bool = False
+    ):
         self.model, self._objective, self._early_backward = model, objective, early_backward
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
@@ -89,11 +95,13 @@ class Local:
 class _Step(nn.Module):
     """The objective as a module, since the engines hook the forward pass of one."""
 
-    def __init__(self, model: PretrainingModel, objective: Objective):
+    def __init__(self, model: PretrainingModel, objective: RunsObjective):
         super().__init__()
         self.model, self._objective = model, objective
 
-    def forward(self, tokens: Tensor, packing: Packing, denominators: Tensor | None):
+    def forward(
+        self, tokens: Tensor, packing: Packing, denominators: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         out = self._objective(self.model, tokens, packing, denominators)
         return tuple(vars(out).values())  # the engines look for tensors in tuples
 
@@ -101,7 +109,7 @@ class _Step(nn.Module):
 class Replicated(Local):
     """DistributedDataParallel: all of the model on every rank."""
 
-    def __init__(self, model: PretrainingModel, objective: Objective, world: World):
+    def __init__(self, model: PretrainingModel, objective: RunsObjective, world: World):
         super().__init__(model, objective)
         device = next(model.parameters()).device
         self._step = nn.parallel.DistributedDataParallel(
@@ -111,7 +119,13 @@ class Replicated(Local):
         )
         self._step.register_comm_hook(world, _sum_bucket)
 
-    def run(self, model, tokens, packing, denominators=None):
+    def run(
+        self,
+        model: PretrainingModel,
+        tokens: Tensor,
+        packing: Packing,
+        denominators: Tensor | None = None,
+    ) -> StepOutput:
         # DDP prepares for a backward pass whenever gradients are on; evaluation goes past it.
         step = self._step if torch.is_grad_enabled() else self._step.module
         return StepOutput(*step(tokens, packing, denominators))
@@ -120,7 +134,7 @@ class Replicated(Local):
         return contextlib.nullcontext() if last else self._step.no_sync()
 
 
-def _sum_bucket(world: World, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def _sum_bucket(world: World, bucket: "dist.GradBucket") -> torch.futures.Future[Tensor]:
     """DDP's default hook without its division by the number of ranks."""
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     world.traffic.all_reduce(bucket.buffer().nbytes, world.size)
@@ -140,7 +154,7 @@ class Sharded(Local):
     def __init__(
         self,
         model: PretrainingModel,
-        objective: Objective,
+        objective: RunsObjective,
         device: torch.device,
         seed: int,
         dtype: torch.dtype,
@@ -163,7 +177,7 @@ class Sharded(Local):
                 fully_shard(layer, mesh=mesh, reshard_after_forward=not keep_gathered)
         # The token table and the heads are used outside their modules' forward passes: the root
         # gathers them for the whole of a micro-batch.
-        fully_shard(self._root, mesh=mesh, reshard_after_forward=False)
+        self._sharded = fully_shard(self._root, mesh=mesh, reshard_after_forward=False)
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         for module in self._root.modules():
             if isinstance(module, FSDPModule):
@@ -175,10 +189,12 @@ class Sharded(Local):
                     (-(-p.shape[0] // world.size) * math.prod(p.shape[1:]), matrix)
                     for p, matrix in own
                 ]
-                module.set_custom_all_gather(Gather(sizes, dtype, world))
-                module.set_custom_reduce_scatter(Scatter(world))
+                gather, scatter = Gather(sizes, dtype, world), Scatter(world)
+                # They have the methods that torch calls; its base classes are private.
+                module.set_custom_all_gather(gather)  # type: ignore[arg-type]
+                module.set_custom_reduce_scatter(scatter)  # type: ignore[arg-type]
         self._root.to_empty(device=device)
-        self._parameters = dict(model.named_parameters())
+        self._parameters = cast(dict[str, "DTensor"], dict(model.named_parameters()))
         self._parts = {name: value.to_local().detach() for name, value in self._parameters.items()}
         for name, value in self._parts.items():
             start = start_value(model.config, name, self._parameters[name].shape, seed)
@@ -187,20 +203,26 @@ class Sharded(Local):
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         return iter(self._parts.items())
 
-    def run(self, model, tokens, packing, denominators=None):
+    def run(
+        self,
+        model: PretrainingModel,
+        tokens: Tensor,
+        packing: Packing,
+        denominators: Tensor | None = None,
+    ) -> StepOutput:
         return StepOutput(*self._root(tokens, packing, denominators))
 
     @contextlib.contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
-        self._root.set_requires_gradient_sync(last)
+        self._sharded.set_requires_gradient_sync(last)
         if self._keep_gathered:
-            self._root.set_reshard_after_backward(last)
+            self._sharded.set_reshard_after_backward(last)
         yield
 
     def clip(self, max_norm: float) -> Tensor:
         norms = clip_gradients(self._parameters, max_norm)
         for name, value in self._parameters.items():
-            gradient = value.grad
+            gradient = cast("DTensor | None", value.grad)
             self._parts[name].grad = None if gradient is None else gradient.to_local()
             value.grad = None
         return norms
@@ -252,7 +274,8 @@ def clip_gradients(parameters: Mapping[str, Tensor], max_norm: float) -> Tensor:
         float32 [3], as in `Local.clip`.
     """
     with_gradient = {name: p for name, p in parameters.items() if p.grad is not None}
-    norms = torch._foreach_norm([p.grad for p in with_gradient.values()])
+    gradients = [p.grad for p in with_gradient.values() if p.grad is not None]
+    norms = torch._foreach_norm(gradients)
     each = dict(zip(with_gradient, norms, strict=True))
     own = [norm for name, norm in each.items() if name.startswith("auxiliary")]
     others = [norm for name, norm in each.items() if not name.startswith("auxiliary")]
@@ -262,9 +285,9 @@ def clip_gradients(parameters: Mapping[str, Tensor], max_norm: float) -> Tensor:
     return torch.stack([total, auxiliary, main])
 
 
-def _norm(norms: list[Tensor]) -> Tensor:
+def _norm(norms: Sequence[Tensor]) -> Tensor:
     """float32 [], whole on every rank: the norm of a vector of which `norms` are those of parts."""
-    norm = torch.linalg.vector_norm(torch.stack(norms))
+    norm = torch.linalg.vector_norm(torch.stack(list(norms)))
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
@@ -280,7 +303,9 @@ def engine(config: Config, objective: Objective, device: torch.device, world: Wo
         model = PretrainingModel(config.model, config.objective.name, config.run.seed)
     lower_products(model, config, device)
     recompute_layers(model, config.run.recompute)
-    run = torch.compile(objective, dynamic=False) if config.run.compile else objective
+    run: RunsObjective = (
+        torch.compile(objective, dynamic=False) if config.run.compile else objective
+    )
     if sharded:
         dtype, keep_gathered = DTYPES[config.run.precision], mode == "zero1"
         return Sharded(model, run, device, config.run.seed, dtype, keep_gathered, world)
@@ -300,14 +325,15 @@ def recompute_layers(model: PretrainingModel, policy: str) -> None:
             layer keeps its input alone) or ``all``.
     """
     for encoder in (model.auxiliary, model.main):
-        layers = encoder.layers if encoder is not None else ()
+        layers = cast(list[Layer], list(encoder.layers)) if encoder is not None else []
         for layer in layers:
             layer.recompute_norms = policy == "norms"
         for layer in {"alternate": layers[::2], "all": layers}.get(policy, ()):
-            layer.forward = functools.partial(_recomputed, layer.forward)
+            forward = functools.partial(_recomputed, layer.forward)
+            layer.forward = forward  # type: ignore[method-assign]  # of this one object, on purpose
 
 
-def _recomputed(forward: Callable[..., Normed], x: Normed, *others) -> Normed:
+def _recomputed(forward: Callable[..., Normed], x: Normed, *others: Any) -> Normed:
     # Without the rest of x, which would be kept for nothing.
     alone = x._replace(sum=x.out)
     return checkpoint(forward, alone, *others, use_reentrant=False, preserve_rng_state=False)

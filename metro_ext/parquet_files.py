@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from metro_ext.errors import UserError
 
@@ -70,7 +71,7 @@ def _open(path: Path) -> Iterator:
         raise UserError(f"{path}: the Parquet file is damaged or none ({error})") from error
 
 
-def _check(file, path: Path, column: str) -> None:
+def _check(file: Any, path: Path, column: str) -> None:
     import pyarrow
 
     schema = file.schema_arrow

@@ -12,6 +12,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import EngFormatter, PercentFormatter
 
 from metro_ext import command_line
@@ -134,8 +135,11 @@ def run_figure(run_dir: str | Path) -> Figure:
         )
     columns = 2 if len(drawn) in (2, 4) else min(len(drawn), 3)
     rows = math.ceil(len(drawn) / columns)
-    figure = Figure(figsize=(5.0 * columns, 3.8 * rows), dpi=120, layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.1, w_pad=0.1)
+    figure = Figure(
+        figsize=(5.0 * columns, 3.8 * rows),
+        dpi=120,
+        layout=ConstrainedLayoutEngine(h_pad=0.1, w_pad=0.1),
+    )
     figure.suptitle(f"Run {run_dir.resolve().name}", fontsize=13, fontweight="bold")
     for place, (panel, curves) in enumerate(drawn, 1):
         _draw(figure.add_subplot(rows, columns, place), panel, curves)

@@ -25,7 +25,7 @@ class Prepared:
     """What a run reads: the tokenizer, both texts, and the configuration with its vocabulary."""
 
     tokenizer: Tokenizer
-    train: Mixture
+    train: Mixture[Corpus]
     valid: Corpus
     config: Config
 
@@ -51,7 +51,7 @@ def prepare(config: Config, say: Callable[[str], None]) -> Prepared:
     folder.mkdir(parents=True, exist_ok=True)
     train, valid = config.data.train, config.data.valid
     if not train:
-        train, valid = tuple([str(path)] for path in sample_paths())
+        train, valid = ((str(path),) for path in sample_paths())
     elif not valid:
         raise UserError("data.valid must name held-out text when data.train is given")
     resuming = bool(checkpoint_steps(folder / CHECKPOINTS))
@@ -70,7 +70,7 @@ def prepare(config: Config, say: Callable[[str], None]) -> Prepared:
     return Prepared(tokenizer, mixture, valid_corpus, config)
 
 
-def unigram_nats(mixture: Mixture) -> np.ndarray:
+def unigram_nats(mixture: Mixture[Corpus]) -> np.ndarray:
     """-ln p of every id under the add-one unigram model of a training text: float64 [V].
 
     Special ids take no part; they are infinitely surprising.
@@ -116,7 +116,7 @@ def _mixture(
     folder: Path,
     resuming: bool,
     say: Callable[[str], None],
-) -> Mixture:
+) -> Mixture[Corpus]:
     """Corpora with weights or, without any, corpora by their size, or text files as one corpus."""
     paths, weights = zip(*entries, strict=True)
     weighted = [weight for weight in weights if weight is not None]

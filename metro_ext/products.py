@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +61,8 @@ def lowered_layers(model: PretrainingModel, skip: int) -> Iterator[Layer]:
     """All but the first and the last `skip` layers of each encoder."""
     for encoder in (model.auxiliary, model.main):
         if encoder is not None:
-            yield from list(encoder.layers)[skip : len(encoder.layers) - skip]
+            layers = cast(list[Layer], list(encoder.layers))
+            yield from layers[skip : len(layers) - skip]
 
 
 def _product(config: Config, device: torch.device) -> Product:

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from metro_ext.errors import UserError
 from metro_ext.text_files import COMPRESSIONS, decode, open_binary, reporting_damage
@@ -93,16 +94,16 @@ def read_json(path: Path) -> object:
         raise UserError(f"{path}: expected a JSON document ({error})") from None
 
 
-def field(where: str, record: object, name: str, *kinds: type):
+def field(where: str, record: object, name: str, *kinds: type) -> Any:
     """A field of a JSON object, of one of the kinds (default: text)."""
-    record = checked(where, record, dict)
-    if name not in record:
-        names = ", ".join(sorted(record)) or "none"
+    fields = checked(where, record, dict)
+    if name not in fields:
+        names = ", ".join(sorted(fields)) or "none"
         raise UserError(f"{where}: expected a field {name!r}, found {names}")
-    return checked(f"{where}: field {name!r}", record[name], *kinds or (str,))
+    return checked(f"{where}: field {name!r}", fields[name], *kinds or (str,))
 
 
-def checked(where: str, value: object, *kinds: type):
+def checked(where: str, value: object, *kinds: type) -> Any:
     """The value, if it is of one of the kinds: true and false are no numbers, nor is NaN."""
     wrong = isinstance(value, bool) and bool not in kinds
     wrong |= isinstance(value, float) and not math.isfinite(value)

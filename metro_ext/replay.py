@@ -9,7 +9,7 @@ first step is made again, in one process, with every module watched.
 import argparse
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,7 +92,9 @@ def _micro_batch(trainer: Trainer, batch: dict, denominators: Tensor | None) -> 
             f"batch {batch['index']}: expected seed {batch['seed']}, found {int(made.seed)}: the "
             "corpus is not the one that the run used"
         )
-    model, broken, gradients = trainer.model, [], []
+    model = trainer.model
+    broken: list[str] = []
+    gradients: list[str] = []
     hooks = [
         module.register_forward_hook(_watch(name, broken))
         for name, module in model.named_modules()
@@ -113,7 +115,7 @@ def _micro_batch(trainer: Trainer, batch: dict, denominators: Tensor | None) -> 
     return Replayed(batch, out.loss.item(), figures, broken[0] if broken else None, gradients)
 
 
-def _watch(name: str, broken: list[str]):
+def _watch(name: str, broken: list[str]) -> Callable[..., None]:
     def look(_module: nn.Module, _inputs: tuple, output: Tensor | tuple) -> None:
         first = output[0] if isinstance(output, tuple) else output  # of a norm, what it gives
         if not torch.isfinite(first).all():
@@ -122,9 +124,9 @@ def _watch(name: str, broken: list[str]):
     return look
 
 
-def _watch_gradient(name: str, broken: list[str]):
+def _watch_gradient(name: str, broken: list[str]) -> Callable[[Tensor], None]:
     def look(parameter: Tensor) -> None:
-        if not torch.isfinite(parameter.grad).all():
+        if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
             broken.append(name)
 
     return look

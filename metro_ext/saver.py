@@ -92,7 +92,7 @@ class Saver:
         world, folder = self._world, self.folder
         world.together(lambda: checkpoint.clean_leftovers(folder) if world.is_first else None)
         steps = world.together(lambda: checkpoint.checkpoint_steps(folder))[:_MOST_STEPS]
-        damaged = []
+        damaged: list[str] = []
         for step in json.loads(world.gather(json.dumps(steps))[0]):  # what rank 0 sees
             share = slice(world.rank, None, world.size)
             problems = filter(None, world.gather(checkpoint.damage(folder, step, share)))

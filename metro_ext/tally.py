@@ -5,6 +5,7 @@ Adam are left out, and the run goes on. Only the decision that a step is skipped
 the device; whether too many were is read by the host when it reports.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -45,13 +46,13 @@ class Tally:
 
     def __init__(self, device: torch.device, limit: int = 10, warm_up: int = 0):
         self.limit, self.warm_up = limit, warm_up
-        zeros = {"dtype": torch.float64, "device": device}
-        self.sums = torch.zeros(1 + len(FIGURES), **zeros)
+        zeros = functools.partial(torch.zeros, dtype=torch.float64, device=device)
+        self.sums = zeros(1 + len(FIGURES))
         self.norms = torch.zeros(3, dtype=torch.float32, device=device)
-        self.skipped = torch.zeros(5, **zeros)
-        self.spikes = torch.zeros(4, **zeros)
-        self.losses = torch.full((WINDOW,), torch.inf, **zeros)
-        self.stop = torch.zeros((), **zeros)
+        self.skipped = zeros(5)
+        self.spikes = zeros(4)
+        self.losses = zeros(WINDOW).fill_(torch.inf)
+        self.stop = zeros(())
 
     def add(self, number: Tensor, sums: Tensor, norms: Tensor) -> Tensor:
         """Adds a step.

@@ -19,6 +19,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -151,7 +152,7 @@ class Tokenizer:
         """The vocabulary's entry for each id; "▁" marks a leading space."""
         return [self._processor.id_to_piece(i) for i in self._checked(ids)]
 
-    def _encode(self, text: str | list[str], **options) -> list:
+    def _encode(self, text: str | list[str], **options: Any) -> list[Any]:
         try:
             return self._processor.encode(text, **options)
         except (UnicodeEncodeError, RuntimeError, TypeError) as error:  # as its release has it
@@ -351,8 +352,8 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(cased=False)
     train.add_argument("--field", default="text", metavar="NAME", help=FIELD_HELP)
     train.add_argument("--character-coverage", type=float, default=0.9995, metavar="SHARE")
-    size = {"type": at_least(1), "default": DEFAULT_SAMPLE_BYTES}
-    train.add_argument("--sample-bytes", **size, metavar="N")
+    size = at_least(1)
+    train.add_argument("--sample-bytes", type=size, default=DEFAULT_SAMPLE_BYTES, metavar="N")
     train.add_argument("--seed", type=int, default=0, help="of the sample of a larger text")
     train.set_defaults(command=_train)
 

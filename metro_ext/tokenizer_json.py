@@ -24,6 +24,7 @@ import json
 import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -69,7 +70,7 @@ def tokenizer_document(tokenizer: Tokenizer) -> dict:
         "added_tokens": [
             {"id": vocabulary[piece], "content": piece, "single_word": False, "lstrip": False,
              "rstrip": False, "normalized": False, "special": True}
-            for piece in sorted(special, key=vocabulary.get)
+            for piece in sorted(special, key=vocabulary.__getitem__)
         ],
         "normalizer": _normalizer(character_map),
         "pre_tokenizer": None,
@@ -216,7 +217,9 @@ def _merges(processor: sentencepiece.SentencePieceProcessor) -> Iterator[list[st
     ]
     known = set(normal)
     scores = {piece: processor.get_score(processor.piece_to_id(piece)) for piece in normal}
-    for piece in sorted(normal, key=scores.get, reverse=True):  # sorted() keeps ties in id order
+    for piece in sorted(
+        normal, key=scores.__getitem__, reverse=True
+    ):  # sorted() keeps ties in id order
         splits = [k for k in range(1, len(piece)) if piece[:k] in known and piece[k:] in known]
         yield from ([piece[:k], piece[k:]] for k in _leftmost_first(piece, splits))
 
@@ -271,9 +274,10 @@ def character_map_entries(blob: bytes) -> Iterator[tuple[str, str]]:
             waiting.append((bases[block], longer[block]))
 
 
-def message_fields(message: bytes) -> dict[int, bytes | int]:
+def message_fields(message: bytes) -> dict[int, Any]:
     """The last value of each field of a protobuf message: bytes, or a whole number."""
-    found, place = {}, 0
+    found: dict[int, bytes | int] = {}
+    place = 0
 
     def varint() -> int:
         nonlocal place

@@ -98,7 +98,7 @@ def _records(trainer: Trainer) -> Monitor:
     )
 
 
-def _introduce(trainer: Trainer, resumed: bool, say) -> None:
+def _introduce(trainer: Trainer, resumed: bool, say: Callable[[str], None]) -> None:
     config, train = trainer.config, trainer.prepared.train
     count = parameter_count(config.model, config.objective)
     where, ranks = str(trainer.device), trainer.world.size
@@ -138,15 +138,19 @@ TABLE = (
 
 
 def _conclude(
-    config: Config, figures: dict[str, float | None], steps: int, picture: Path, say
+    config: Config,
+    figures: dict[str, float | None],
+    steps: int,
+    picture: Path,
+    say: Callable[[str], None],
 ) -> None:
     folder = Path(config.run.dir)
     say("\non held-out text")
     for key, label in TABLE:
         if figures.get(key) is not None:
             say(f"  {label:<36} {figures[key]:10.4f}")
-    if "sent_bytes" in figures:
-        sent = figures["sent_bytes"] / 1e6
+    if (sent_bytes := figures.get("sent_bytes")) is not None:
+        sent = sent_bytes / 1e6
         say(f"\na rank has sent {sent:.4g} MB in all, {sent / steps:.4g} MB a step")
     say(
         f"\nplot: {picture}\n\ntry next:\n"

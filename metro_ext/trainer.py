@@ -99,7 +99,7 @@ class Trainer:
         self.engine = engine(self.config, self.objective, self.device, world)
         self.model = self.engine.model
         self.optimizer = AdamW(self.engine, self.config.optim)
-        self.outer = None
+        self.outer: relaxed.OuterOptimizer | None = None
         if is_relaxed:
             parameters = dict(self.engine.named_parameters())
             self.outer = relaxed.OuterOptimizer(
@@ -199,7 +199,7 @@ class Trainer:
         reads = self.device.type == "cpu" or log_due or evaluation_due or checkpoint_due
         if self.outer is not None:
             with self._counting_bytes():
-                self._come_together(step, log_due, stop.asked)
+                self._come_together(self.outer, step, log_due, stop.asked)
             reads = self.outer.due(step)
         elif reads:
             self._check_finite()
@@ -222,7 +222,7 @@ class Trainer:
         return last or not asked
 
     @contextlib.contextmanager
-    def _saved_on_failure(self, monitor: Monitor) -> Iterator[None]:
+    def _saved_on_failure(self, monitor: Monitor | Silent) -> Iterator[None]:
         """A step whose evaluation fails (on a damaged shard, say) is saved all the same."""
         try:
             yield
@@ -247,17 +247,19 @@ class Trainer:
         self.sent_bytes += sent
         self.interval_sent_bytes += sent
 
-    def _come_together(self, step: int, log_due: bool, asked: bool) -> None:
+    def _come_together(
+        self, outer: relaxed.OuterOptimizer, step: int, log_due: bool, asked: bool
+    ) -> None:
         """What relaxed ranks exchange after a step: nothing, an outer step, or their figures.
 
         The figures of all are then in the first rank's tally: the losses and sums added up, of
         norms and of counts of faults the mean.
         """
-        if not (log_due or self.outer.due(step)):
+        if not (log_due or outer.due(step)):
             return
         self._check_finite()
-        if self.outer.due(step):
-            self.outer.step(step)
+        if outer.due(step):
+            outer.step(step)
         tally = self.tally
         parts = tally.sums, tally.norms.double(), tally.skipped[:1], tally.spikes[:1]
         flag = torch.full_like(tally.skipped[:1], float(asked))
@@ -341,7 +343,7 @@ class Trainer:
         clm = tokens if self.model.objective == "clm-all" else masked
         return torch.tensor([masked, tokens, clm], dtype=torch.float64)
 
-    def _log(self, monitor: Monitor, rate: float) -> None:
+    def _log(self, monitor: Monitor | Silent, rate: float) -> None:
         figures, warnings = self.tally.report(self.interval_steps, self.model.auxiliary is not None)
         figures |= {"lr": rate, "tokens": self.tokens}
         if self.config.objective.has_schedule:

@@ -29,6 +29,9 @@ _DUMMY_PREFIX, _FOLD_SPACES, _ESCAPE_SPACES = (3, 1, 1), (4, 1, 1), (5, 1, 1)
 class WordEncoder:
     """Encodes many texts as `Tokenizer.encode` does one. Not for several threads at once."""
 
+    _ids: np.ndarray
+    _starts: np.ndarray
+
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._splits = splits_at_spaces(tokenizer)

@@ -2,6 +2,8 @@
 
 import io
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from metro_ext.errors import UserError
 
@@ -29,17 +31,17 @@ class _ZstdStream(io.RawIOBase):
     zstandard's own reader takes a file that ends within a frame for a whole one.
     """
 
-    def __init__(self, path: Path, zstandard):
+    def __init__(self, path: Path, zstandard: ModuleType):
         self._file = open(path, "rb")  # noqa: SIM115 (closed by close)
         self._zstandard = zstandard
-        self._frame = None  # the open frame's decompressor
+        self._frame: Any = None  # the open frame's decompressor
         self._packed = b""
         self._unpacked = memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer) -> int:
+    def readinto(self, buffer: Any) -> int:
         while not self._unpacked:
             if not self._packed:
                 self._packed = self._file.read(_READ_BYTES)

@@ -244,6 +244,27 @@ def test_fill_on_real_text(tmp_path, length):
     assert fill(BatchSource(corpus, 8 * length, length, seed=1), 50) >= 0.999
 
 
+@pytest.mark.parametrize("words", [1, 2, 3, 5, 10])
+@pytest.mark.parametrize(("total", "length"), [(256, 64), (1024, 128)])
+def test_fill_on_documents_of_a_few_tokens(tmp_path, words, total, length):
+    """At most two tokens of padding wherever cuts alone would cost more than a hundredth."""
+    generator = np.random.default_rng(words)
+    documents = [" ".join(["the"] * int(n)) for n in generator.integers(1, words + 1, 1500)]
+    corpus = make_corpus(tmp_path, documents, small_tokenizer())
+    source = BatchSource(corpus, total, length, seed=1)
+    assert fill(source, 60) >= 0.99
+    if source.reads_on:
+        for index in range(60):
+            batch = source.batch(index)
+            assert int((batch.tokens == PAD).sum()) <= 2
+            lengths = batch.cu_seqlens.diff()
+            assert batch.cu_seqlens[-1] == total and lengths.max() <= length
+            for piece in sequences(batch):
+                assert PAD in piece or (piece[0] == BOS and piece[-1] == EOS and len(piece) >= 3)
+    else:
+        assert 6 * corpus.manifest.documents <= 0.01 * length * len(corpus)
+
+
 @pytest.mark.parametrize(("total", "length"), [(60, 3), (60, 4), (60, 5), (64, 64), (240, 60)])
 def test_the_most_sequences_fit(tmp_path, total, length):
     """Documents of one token each are the worst case; the bound is reached when 3 divides L."""

@@ -60,6 +60,7 @@ def _sums(pretrained: Pretrained, rows: list[Row], score: Score) -> list[float]:
 def rtd_scores(pretrained: Pretrained, rows: list[Row]) -> list[float]:
     """Σ log P(original)."""
     head = pretrained.model.rtd_head
+    assert head is not None  # `scorers` looks
 
     def score(hidden: Tensor, packed: EncodedTexts) -> Tensor:
         labels = torch.zeros(len(packed.tokens), dtype=torch.uint8)
@@ -72,6 +73,7 @@ def rtd_scores(pretrained: Pretrained, rows: list[Row]) -> list[float]:
 def clm_scores(pretrained: Pretrained, rows: list[Row]) -> list[float]:
     """Σ log P(token) by the main model's vocabulary head, nothing masked."""
     head, table = pretrained.model.main_head, pretrained.main.table(torch.float32)
+    assert head is not None  # `scorers` looks
 
     def score(hidden: Tensor, packed: EncodedTexts) -> Tensor:
         return -vocab_head(head.transform(hidden), table.matrix, head.bias, packed.tokens).nll
@@ -85,6 +87,7 @@ def pseudo_log_likelihoods(pretrained: Pretrained, rows: list[Row]) -> list[floa
     model, length = pretrained.model, pretrained.config.model.sequence_length
     encoder = model.main if model.auxiliary is None else model.auxiliary
     head = model.main_head if model.auxiliary is None else model.auxiliary_head
+    assert head is not None  # every objective has one or the other
     table, mask = encoder.table(torch.float32), pretrained.tokenizer.mask_id
     masked, owner = [], []
     for place, row in enumerate(rows):
@@ -104,9 +107,13 @@ def pseudo_log_likelihoods(pretrained: Pretrained, rows: list[Row]) -> list[floa
     return totals
 
 
-def scorers(pretrained: Pretrained) -> dict[str, Callable[[Pretrained, list[Row]], list[float]]]:
+Scorer = Callable[[Pretrained, list[Row]], list[float]]
+
+
+def scorers(pretrained: Pretrained) -> dict[str, Scorer]:
     """The scores that the run's objective has heads for."""
-    model, found = pretrained.model, {"pll": pseudo_log_likelihoods}
+    model = pretrained.model
+    found: dict[str, Scorer] = {"pll": pseudo_log_likelihoods}
     if model.rtd_head is not None:
         found["rtd"] = rtd_scores
     if model.main_head is not None and model.auxiliary is not None:

@@ -1,12 +1,12 @@
 """What the kinds of tasks share: a job, its results over seeds, and what each kind must do."""
 
+import dataclasses
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
-from torch import nn
 
 from metro_ext.finetune.loop import Settings
 from metro_ext.pretrained import Pretrained
@@ -34,7 +34,7 @@ class Job:
 class Result:
     """One seed's model, its metrics by dev file, and what else it found there."""
 
-    model: nn.Module | None
+    model: Any  # the kind's module; None where it is of no more use
     scores: Scores
     found: Any = None
 
@@ -42,8 +42,14 @@ class Result:
 class Kind(Protocol):
     """A task as the command line runs it."""
 
-    name: str
-    tests_reason: str  # why there is no submission; empty where there is one
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def tests_reason(self) -> str:
+        """Why there is no submission; empty where there is one."""
 
     def settings(self, hidden: int) -> Settings:
         """The published hyper-parameters for a model of that width."""

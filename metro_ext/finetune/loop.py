@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -47,7 +47,19 @@ class Trainable(Protocol):
     """A module with an ``encoder``, and the loss of packed rows and their labels."""
 
     encoder: Encoder
-    loss: Callable[[Tensor, Packing, list, torch.dtype, torch.Generator], Tensor]
+
+    def loss(
+        self,
+        tokens: Tensor,
+        packing: Packing,
+        labels: list[Any],
+        dtype: torch.dtype,
+        generator: torch.Generator,
+        /,
+    ) -> Tensor: ...
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+    def train(self) -> Any: ...
 
 
 class _Named:
@@ -60,7 +72,7 @@ class _Named:
         return iter(self._parameters.items())
 
 
-def depth_groups(model: nn.Module, layers: int) -> dict[int, dict[str, nn.Parameter]]:
+def depth_groups(model: Trainable, layers: int) -> dict[int, dict[str, nn.Parameter]]:
     """Parameters by their distance from the head: 0 the head, layers + 1 the embeddings."""
     groups: dict[int, dict[str, nn.Parameter]] = {}
     for name, parameter in model.named_parameters():

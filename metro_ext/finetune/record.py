@@ -120,7 +120,8 @@ class Rows:
 
     def __init__(self, tokenizer: Tokenizer, limit: int):
         self.tokenizer, self.limit = tokenizer, limit
-        self._passage, self._ids = "", []
+        self._passage = ""
+        self._ids: list[int] = []
 
     def of(self, query: Query, candidate: str) -> Row:
         if query.passage != self._passage:

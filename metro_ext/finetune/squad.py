@@ -83,8 +83,8 @@ def question_scores(
 ) -> dict[str, tuple[float, float]]:
     """Question id -> (exact, F1), for the questions that have a prediction."""
     return {
-        index: tuple(max(metric(text, predictions[index]) for text in texts)
-                     for metric in (exact, f1))
+        index: (max(exact(text, predictions[index]) for text in texts),
+                max(f1(text, predictions[index]) for text in texts))
         for index, texts in answers.items() if index in predictions
     }  # fmt: skip
 
@@ -114,7 +114,7 @@ def best_thresholds(
     per_question = question_scores(answers, predictions)
     if missing := [index for index in per_question if index not in na]:
         raise UserError(f"question {missing[0]}: expected a probability of no answer, found none")
-    found = {}
+    found: dict[str, float] = {}
     for place, name in enumerate(("exact", "f1")):
         total = best = float(sum(texts == [""] for texts in answers.values()))
         threshold = 0.0
@@ -158,8 +158,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("data", type=Path, help="dev-v1.1.json or dev-v2.0.json, plain or .xz")
     parser.add_argument("predictions", type=Path, help="JSON: question id -> answer text")
-    na = "JSON: question id -> probability of no answer; adds the best thresholds (2.0)"
-    parser.add_argument("--na-prob", type=Path, metavar="FILE", help=na)
+    no_answer = "JSON: question id -> probability of no answer; adds the best thresholds (2.0)"
+    parser.add_argument("--na-prob", type=Path, metavar="FILE", help=no_answer)
     above = "probability above which a question counts as unanswered"
     parser.add_argument("--na-threshold", type=float, default=1.0, metavar="P", help=above)
     options = parser.parse_args(argv)

@@ -122,7 +122,10 @@ def windows(
             f"expected windows of at least 16 tokens and a stride of at least 1, found {length} "
             f"and {stride}"
         )
-    made, context, ids, spans = [], None, [], np.zeros((0, 2), np.int64)
+    made: list[Window] = []
+    context: str | None = None
+    ids: list[int] = []
+    spans: np.ndarray = np.zeros((0, 2), np.int64)
     bos, eos = tokenizer.bos_id, tokenizer.eos_id
     for place, question in enumerate(questions):
         if question.context is not context:

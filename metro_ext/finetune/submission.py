@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 
@@ -48,9 +49,9 @@ def _records(task: Task, examples: list[Example], out: np.ndarray) -> list[dict]
 
 
 def _multirc_records(examples: list[Example], out: np.ndarray) -> list[dict]:
-    passages: dict[int, dict] = {}
+    passages: dict[int, dict[int, list[dict[str, Any]]]] = {}
     for example, o in _pairs(examples, out):
-        passage, question = example.group
+        passage, question = cast(tuple[int, int], example.group)
         answers = passages.setdefault(passage, {}).setdefault(question, [])
         answers.append({"idx": example.index, "label": int(o.argmax())})
     return [

@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -94,7 +95,7 @@ def _argmax(metric: Callable) -> Callable:
 
 
 def _regression(examples: list[Example], out: np.ndarray) -> dict[str, float]:
-    return metrics.correlations(_truth(examples), out[:, 0])
+    return metrics.correlations(_truth(examples), out[:, 0].tolist())
 
 
 def _grouped(examples: list[Example], out: np.ndarray) -> dict[str, float]:
@@ -123,7 +124,7 @@ def _read_tsv(task: Task, path: Path, labelled: bool) -> Iterator[Example]:
     headless = ["source", "label", "star", "sentence"] if task.name == "cola" and labelled else None
     needed = [name for name in (first, second, label if labelled else "") if name]
     for place, (where, row) in enumerate(tsv_rows(path, headless, needed)):
-        value = None
+        value: int | float | None = None
         if labelled and task.labels:
             value = label_index(where, task.labels, row[label])
         elif labelled:
@@ -195,15 +196,17 @@ def _read_wsc(task: Task, path: Path, labelled: bool) -> Iterator[Example]:
         yield Example(text, field(where, target, "span1_text"), value, index)
 
 
-def _super(name: str, folder: str, labels: tuple, score: Callable, columns: tuple = (), **rest):
+def _super(
+    name: str, folder: str, labels: tuple, score: Callable, columns: tuple = (), **rest: Any
+) -> Task:
     read = rest.pop("read", _read_json)
-    files = {"train": "train.jsonl", "dev": ("val.jsonl",), "test": ("test.jsonl",)}
+    files: dict[str, Any] = {"train": "train.jsonl", "dev": ("val.jsonl",), "test": ("test.jsonl",)}
     return Task(name, folder, labels, read, score, columns, **files, **rest)
 
 
 _ACCURACY, _F1 = _argmax(metrics.accuracy), _argmax(metrics.accuracy_and_f1)
 _PAIR = ("sentence1", "sentence2", "label")
-_MNLI = {
+_MNLI: dict[str, Any] = {
     "dev": ("dev_matched.tsv", "dev_mismatched.tsv"),
     "test": ("test_matched.tsv", "test_mismatched.tsv"),
     "outputs": ("MNLI-m.tsv", "MNLI-mm.tsv"),

@@ -1,6 +1,7 @@
 """Attention over packed sequences, with a learned bias by relative position and dropout."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -136,7 +137,7 @@ def _(
     return torch.empty_like(qkv, memory_format=torch.contiguous_format), grad_bias
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     qkv, cu_seqlens, bias, ctx.max_seqlen, seed, ctx.p, ctx.draw = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
@@ -145,7 +146,7 @@ def _setup_context(ctx, inputs, output):
 
 
 @first_order("metro::attention")
-def _backward(ctx, grad_out, _grad_lse):
+def _backward(ctx: Any, grad_out: Tensor, _grad_lse: Any) -> tuple[Tensor | None, ...]:
     qkv, out, lse, cu_seqlens, bias, seed = ctx.saved_tensors
     grad_qkv, grad_bias = torch.ops.metro.attention_backward(
         grad_out, qkv, out, lse, cu_seqlens, bias, ctx.max_seqlen, seed, ctx.p, ctx.draw

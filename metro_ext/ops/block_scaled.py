@@ -18,6 +18,7 @@ exact product as it is (arXiv 2502.20586, 2509.25149).
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -170,13 +171,15 @@ def _multiply(a: Tensor, b: Tensor, recipe: Recipe, a_uniform: Tensor | None = N
 
 class _BlockScaledLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, seed: Tensor, draw: int, recipe: Recipe) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, seed: Tensor, draw: int, recipe: Recipe
+    ) -> Tensor:
         ctx.save_for_backward(x, weight, seed)
         ctx.draw, ctx.recipe = draw, recipe
         return _multiply(x, weight.to(x.dtype), recipe)
 
     @staticmethod
-    def backward(ctx, grad_out: Tensor):
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, seed = ctx.saved_tensors
         recipe = ctx.recipe
         left, right = grad_out.t(), x.t()

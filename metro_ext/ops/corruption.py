@@ -75,12 +75,23 @@ def replace_tokens(
 
 
 @torch.library.register_fake("metro::mask_tokens")
-def _(tokens, special, seed, count, mask_id, vocab_size, mask_fraction, random_fraction):
+def _(
+    tokens: Tensor,
+    special: Tensor,
+    seed: Tensor,
+    count: int,
+    mask_id: int,
+    vocab_size: int,
+    mask_fraction: float,
+    random_fraction: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     masked = torch.empty_like(tokens, memory_format=torch.contiguous_format)
     return masked, tokens.new_empty(count), tokens.new_empty(count)
 
 
 @torch.library.register_fake("metro::replace_tokens")
-def _(tokens, position, target, sample, pad_id):
+def _(
+    tokens: Tensor, position: Tensor, target: Tensor, sample: Tensor, pad_id: int
+) -> tuple[Tensor, Tensor]:
     corrupted = torch.empty_like(tokens, memory_format=torch.contiguous_format)
     return corrupted, torch.empty_like(corrupted, dtype=torch.uint8)

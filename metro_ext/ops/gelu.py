@@ -1,5 +1,7 @@
 """GELU with its bias, in one pass."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -40,12 +42,12 @@ def _(grad_out: Tensor, x: Tensor, bias: Tensor) -> Tensor:
     return torch.empty_like(bias)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*inputs)
 
 
 @first_order("metro::bias_gelu")
-def _backward(ctx, grad_out):
+def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     return torch.ops.metro.bias_gelu_backward(grad_out, *ctx.saved_tensors)
 
 

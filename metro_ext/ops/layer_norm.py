@@ -1,6 +1,6 @@
 """Bias, dropout, residual and LayerNorm in one pass."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -97,18 +97,37 @@ def _like(x: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("metro::layer_norm")
-def _(x, bias, residual, weight, shift, seed, p, draw, eps):
+def _(
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    weight: Tensor,
+    shift: Tensor,
+    seed: Tensor | None,
+    p: float,
+    draw: int,
+    eps: float,
+) -> tuple[Tensor, ...]:
     rows = x.new_empty(x.shape[:-1].numel() if x.shape[-1] else 0, dtype=torch.float32)
     return _like(x), _like(x), rows, torch.empty_like(rows)
 
 
 @torch.library.register_fake("metro::layer_norm_backward")
-def _(grad_out, sum, mean, rstd, weight, seed, p, draw):
+def _(
+    grad_out: Tensor,
+    sum: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    seed: Tensor | None,
+    p: float,
+    draw: int,
+) -> tuple[Tensor, ...]:
     grad_residual = sum.new_empty(0) if p == 0 else _like(sum)
     return _like(sum), grad_residual, *(torch.empty_like(weight) for _ in range(3))
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     _, bias, residual, weight, _, seed, ctx.p, ctx.draw, _ = inputs
     _, sum, mean, rstd = output
     ctx.has_bias, ctx.has_residual = bias is not None, residual is not None
@@ -118,7 +137,9 @@ def _setup_context(ctx, inputs, output):
 
 
 @first_order("metro::layer_norm")
-def _backward(ctx, grad_out, _sum, _mean, _rstd):
+def _backward(
+    ctx: Any, grad_out: Tensor, _sum: Any, _mean: Any, _rstd: Any
+) -> tuple[Tensor | None, ...]:
     grad_x, grad_residual, grad_bias, grad_weight, grad_shift = torch.ops.metro.layer_norm_backward(
         grad_out, *ctx.saved_tensors, ctx.p, ctx.draw
     )

@@ -7,6 +7,8 @@ GELU one over the activations; kept through the backward pass, all of them are a
 memory.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -39,16 +41,18 @@ class _Linear(torch.autograd.Function):
     """norm: (sum, weight, shift) that x is the normed output of, or nothing; kept instead of x."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, *norm: Tensor):
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, *norm: Tensor
+    ) -> Tensor:
         ctx.save_for_backward(weight, *(norm or (x,)))
         ctx.eps, ctx.has_bias = eps, bias is not None
         return _product(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
-    def backward(ctx, grad_out: Tensor):
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         weight, *kept = ctx.saved_tensors
         grad_x = _product(grad_out, weight.to(grad_out.dtype).t())
-        x = kept[0] if len(kept) == 1 else Normed.again(*kept, ctx.eps)
+        x = kept[0] if len(kept) == 1 else Normed.again(kept[0], kept[1], kept[2], ctx.eps)
         grad_weight = _product(grad_out.t(), x.t()).to(weight.dtype)
         # Summed in float32 and rounded once, as grad_weight is; asking sum() for float32 would make
         # it convert the whole gradient first.
@@ -58,12 +62,12 @@ class _Linear(torch.autograd.Function):
 
 class _BiasGeluLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, bias: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, bias, weight)
         return _product(bias_gelu(x, bias), weight.to(x.dtype))
 
     @staticmethod
-    def backward(ctx, grad_out: Tensor):
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, bias, weight = ctx.saved_tensors
         grad_weight = _product(grad_out.t(), bias_gelu(x, bias).t()).to(weight.dtype)
         grad = _product(grad_out, weight.to(x.dtype).t())

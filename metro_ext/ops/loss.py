@@ -1,5 +1,7 @@
 """The weighted pretraining objective and its figures, in one launch."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -79,18 +81,34 @@ def row_gradient(weight: float, target: Tensor, denominator: Tensor | None = Non
 
 
 @torch.library.register_fake("metro::pretrain_loss")
-def _(mlm_nll, mlm_hit, mlm_target, rtd_loss, rtd_logit, label, clm_nll, *_):
+def _(
+    mlm_nll: Tensor | None,
+    mlm_hit: Tensor | None,
+    mlm_target: Tensor | None,
+    rtd_loss: Tensor | None,
+    rtd_logit: Tensor | None,
+    label: Tensor | None,
+    clm_nll: Tensor | None,
+    *_: Any,
+) -> tuple[Tensor, Tensor]:
     given = next(t for t in (mlm_nll, rtd_loss, clm_nll) if t is not None)
     return given.new_empty(()), given.new_empty(len(METRICS))
 
 
 @torch.library.register_fake("metro::pretrain_loss_backward")
-def _(grad_loss, metrics, mlm_target, label, clm_target, *_):
+def _(
+    grad_loss: Tensor,
+    metrics: Tensor,
+    mlm_target: Tensor | None,
+    label: Tensor | None,
+    clm_target: Tensor | None,
+    *_: Any,
+) -> tuple[Tensor, ...]:
     parts = (mlm_target, label, clm_target)
     return tuple(metrics.new_empty(0 if t is None else t.shape[0]) for t in parts)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     _, _, mlm_target, _, _, label, _, _, clm_target, denominators, *ctx.weights = inputs
     _, metrics = output
     ctx.mark_non_differentiable(metrics)
@@ -99,7 +117,7 @@ def _setup_context(ctx, inputs, output):
 
 
 @first_order("metro::pretrain_loss")
-def _backward(ctx, grad_loss, _metrics):
+def _backward(ctx: Any, grad_loss: Tensor, _metrics: Any) -> tuple[Tensor | None, ...]:
     _, *targets, _ = ctx.saved_tensors
     grads = torch.ops.metro.pretrain_loss_backward(grad_loss, *ctx.saved_tensors, *ctx.weights)
     mlm, rtd, clm = (

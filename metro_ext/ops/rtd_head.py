@@ -1,5 +1,7 @@
 """Replaced token detection: one logit a token and its binary cross-entropy."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -34,18 +36,20 @@ def rtd_head(
 
 
 @torch.library.register_fake("metro::rtd_head")
-def _(hidden, weight, bias, label):
+def _(hidden: Tensor, weight: Tensor, bias: Tensor, label: Tensor) -> tuple[Tensor, ...]:
     loss = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
     return loss, torch.empty_like(loss), hidden.new_empty((), dtype=torch.int64)
 
 
 @torch.library.register_fake("metro::rtd_head_backward")
-def _(grad_loss, logit, hidden, weight, label):
+def _(
+    grad_loss: Tensor, logit: Tensor, hidden: Tensor, weight: Tensor, label: Tensor
+) -> tuple[Tensor, ...]:
     grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
     return grad_hidden, torch.empty_like(weight), weight.new_empty(1)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     hidden, weight, _, label = inputs
     _, logit, hits = output
     ctx.mark_non_differentiable(logit, hits)
@@ -54,7 +58,7 @@ def _setup_context(ctx, inputs, output):
 
 
 @first_order("metro::rtd_head")
-def _backward(ctx, grad_loss, _logit, _hits):
+def _backward(ctx: Any, grad_loss: Tensor, _logit: Any, _hits: Any) -> tuple[Tensor | None, ...]:
     return *torch.ops.metro.rtd_head_backward(grad_loss, *ctx.saved_tensors), None
 
 

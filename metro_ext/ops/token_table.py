@@ -1,6 +1,7 @@
 """A token embedding table that is read by lookups and by tied vocabulary heads in one step."""
 
 import copy
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,14 +34,14 @@ class TokenTable:
         self.weight = weight
         self.plain = torch.compiler.is_compiling()
         self.lookups: list[tuple[Tensor, Tensor]] = []
-        self.gradient = None
-        if self.plain or weight.dtype == dtype:
-            ours = weight.to(dtype) if self.plain else _Table.apply(weight, None, self.lookups)
+        self.gradient: Tensor | None = None
+        if self.plain:
+            self.matrix = weight.to(dtype)
+        elif weight.dtype == dtype:
+            self.matrix = _Table.apply(weight, None, self.lookups)
         else:
             both = weight.new_empty(2, *weight.shape, dtype=dtype)
-            self.gradient = both[1]
-            ours = _Table.apply(weight, both, self.lookups)
-        self.matrix = ours
+            self.matrix, self.gradient = _Table.apply(weight, both, self.lookups), both[1]
 
     def apart(self) -> "TokenTable":
         """The same table for lookups in a part of the step that goes backward first, by itself.
@@ -63,18 +64,18 @@ class _Table(torch.autograd.Function):
     """The matrix of a weight: itself, or its rounded copy in the first half of ``both``."""
 
     @staticmethod
-    def forward(ctx, weight: Tensor, both: Tensor | None, lookups: list) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, both: Tensor | None, lookups: list) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(weight)
         ctx.both, ctx.lookups = both, lookups
         if both is None:
             return weight.view_as(weight)
         # Not a view: autograd would refuse one whose base is written to later.
-        half = both.new_empty(0).set_(both.untyped_storage(), 0, weight.shape)
+        half = both.new_empty(0).set_(both.untyped_storage(), 0, weight.shape, both[0].stride())
         return half.copy_(weight)
 
     @staticmethod
-    def backward(ctx, grad: Tensor | None):
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         # Autograd comes here after every use of the matrix, so the lookups have all reported.
         (weight,) = ctx.saved_tensors
         both, ctx.both = ctx.both, None
@@ -121,13 +122,13 @@ def _add_rows(grad: Tensor, tokens: Tensor, rows: Tensor) -> None:
 
 class _Lookup(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, matrix: Tensor, tokens: Tensor, lookups: list) -> Tensor:
+    def forward(ctx: Any, matrix: Tensor, tokens: Tensor, lookups: list) -> Tensor:
         ctx.save_for_backward(tokens)
         ctx.lookups = lookups
         return F.embedding(tokens, matrix)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (tokens,) = ctx.saved_tensors
         ctx.lookups.append((tokens, grad))
         return None, None, None

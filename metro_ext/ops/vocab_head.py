@@ -5,7 +5,7 @@ to come back for them would mean to compute the logits, a third of all the work,
 makes this possible is that the loss is a sum: each row's weight in it is known beforehand.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -163,12 +163,12 @@ class HeadGradients:
 
 class _Attach(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, loss: Tensor, count: int, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, loss: Tensor, count: int, *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(*tensors[count:])
         return loss.clone()
 
     @staticmethod
-    def backward(ctx, grad_loss: Tensor):
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         if not torch.compiler.is_compiling():
             refuse_second_order("metro::vocab_head_gradients")
         grads = ctx.saved_tensors
@@ -184,7 +184,15 @@ def _plain(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 @torch.library.register_fake("metro::vocab_head")
-def _(hidden, weight, bias, target, seed, temperature, draw):
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    target: Tensor,
+    seed: Tensor | None,
+    temperature: float,
+    draw: int,
+) -> tuple[Tensor, ...]:
     rows = hidden.shape[0]
     nll = hidden.new_empty(rows, dtype=torch.float32)
     hit = hidden.new_empty(rows, dtype=torch.uint8)
@@ -194,8 +202,17 @@ def _(hidden, weight, bias, target, seed, temperature, draw):
 
 @torch.library.register_fake("metro::vocab_head_gradients")
 def _(
-    hidden, weight, bias, target, seed, temperature, draw, scale, grad_weight, accumulate
-):  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    target: Tensor,
+    seed: Tensor | None,
+    temperature: float,
+    draw: int,
+    scale: Tensor,
+    grad_weight: Tensor,
+    accumulate: bool,
+) -> tuple[Tensor, ...]:
     rows = hidden.shape[0]
     nll = hidden.new_empty(rows, dtype=torch.float32)
     hit = hidden.new_empty(rows, dtype=torch.uint8)

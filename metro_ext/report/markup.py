@@ -1,6 +1,7 @@
 """HTML from elements: text is escaped unless it is HTML already, so that none can slip through."""
 
 import re
+from collections.abc import Iterable, Sequence
 from html import escape
 
 # Control characters, which HTML does not allow, and lone surrogates, which UTF-8 cannot hold.
@@ -39,12 +40,12 @@ def element(name: str, /, *content: object, **attributes: object) -> Html:
     return Html(f"{opened}{join(content)}</{name}>")
 
 
-def join(parts: object, between: str = "") -> Html:
+def join(parts: Iterable[object], between: str = "") -> Html:
     """Values one after the other; `between` is HTML."""
     return Html(between.join(text(part) for part in parts))
 
 
-def table(head: list[object], rows: list[list[object]], caption: str) -> Html:
+def table(head: Sequence[object], rows: Sequence[Sequence[object]], caption: str) -> Html:
     """A table whose first column names its rows; in a box of its own, which alone scrolls."""
     columns = join(element("th", cell, scope="col") for cell in head)
     body = join(

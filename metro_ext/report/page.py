@@ -127,7 +127,7 @@ def _health(runs: list[Run]) -> Html:
 def _summary(runs: list[Run]) -> Html:
     rows: list[list[object]] = []
 
-    def row(label: object, values: list[object | None]) -> None:
+    def row(label: object, values: Sequence[object]) -> None:
         if any(value is not None for value in values):
             rows.append([label, *("–" if value is None else value for value in values)])
 

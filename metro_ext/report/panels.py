@@ -168,10 +168,8 @@ def thinned(values: list[Value]) -> list[Value]:
         if missing:
             kept.add(missing[0])
             continue
-        kept |= {
-            min(inside, key=lambda i: values[i][1]),
-            max(inside, key=lambda i: values[i][1]),
-        }
+        ranked = [(value, i) for i in inside if (value := values[i][1]) is not None]
+        kept |= {min(ranked)[1], max(ranked, key=lambda one: one[0])[1]}  # of equals the first
     return [values[i] for i in sorted(kept)]
 
 
@@ -179,8 +177,8 @@ def means(values: list[Value]) -> list[Value]:
     """The means of the same stretches, at their last steps; None where a value is None."""
     found: list[Value] = []
     for inside in _stretches(len(values)):
-        numbers = [values[i][1] for i in inside]
-        mean = None if None in numbers else math.fsum(numbers) / len(numbers)
+        numbers = [value for i in inside if (value := values[i][1]) is not None]
+        mean = math.fsum(numbers) / len(numbers) if len(numbers) == len(inside) else None
         found.append((values[inside[-1]][0], mean))
     return found
 

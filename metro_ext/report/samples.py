@@ -76,10 +76,11 @@ def samples(run: Path, count: int) -> Samples:
     tokens, packing = pack(batch, torch.device("cpu"))
     with torch.no_grad():
         out = objective(pretrained.model, tokens, packing)
+    assert out.corrupted is not None and out.label is not None and out.rtd_logit is not None
     masked = set(out.position[out.target >= 0].tolist())
     borders = batch.cu_seqlens.tolist()
     read = (tokens, out.corrupted, out.label, out.rtd_logit.sigmoid())
-    passages = []
+    passages: list[list[Token]] = []
     for start, end in itertools.pairwise(borders):
         inside = range(start + 1, min(end - 1, start + 1 + LONGEST))  # without <s> and </s>
         if len(inside) >= SHORTEST and len(passages) < count and out.label[inside[0]] <= 1:

@@ -1,0 +1,6 @@
+"""What the binary gives Python; the operators are `torch.ops.metro`."""
+
+from typing import Any
+
+def build_info() -> dict[str, Any]: ...
+def cpu_isa() -> str: ...
