@@ -38,6 +38,7 @@ from metro_ext.same_run import check_same_run
 from metro_ext.saver import Saver
 from metro_ext.tally import Tally
 from metro_ext.train_step import StepInputs, TrainStep
+from metro_ext.training_state import TrainingState
 
 FAULTS = "faults"  # what a run that ended on skipped steps leaves for metro_ext.replay
 
@@ -122,14 +123,15 @@ class Trainer:
             run_config.async_save,
             self.config.parallel.timeout,
         )
-        # Where ranks train apart, what each has of its own has a name of its own in a checkpoint.
-        self._own = "" if self.outer is None else f"rank.{world.rank}."
         self.step = 0
         self.tokens = 0
         # Of the interval that the next line reports; part of a checkpoint, so that a resumed run
         # writes the same line.
         warm_up = self.config.optim.warmup_steps
         self.tally = Tally(self.device, run_config.max_skipped, warm_up)
+        self.state = TrainingState(
+            self.engine, self.optimizer, self.outer, self.tally, world, self.saver
+        )
         self.interval_steps = 0
         # Bytes that a rank has sent in steps: since the beginning, and in the interval.
         self.sent_bytes = self.interval_sent_bytes = 0
@@ -318,18 +320,8 @@ class Trainer:
             ],
             **found,
         }
-        tensors = {
-            key: self.engine.spread(name, part.cpu())
-            for key, name, part in self._parts()
-            if key.startswith("model.")
-        }
-        folder = self.folder / FAULTS
-        if self.outer is None:
-            Saver(folder, self.world, 1, False, self.config.parallel.timeout).write(
-                first - 1, tensors, state
-            )
-        elif self.world.rank == rank:  # relaxed ranks have weights of their own
-            checkpoint.save_checkpoint(folder, first - 1, tensors, state)
+        timeout = self.config.parallel.timeout
+        self.state.save_weights(self.folder / FAULTS, first - 1, state, rank, timeout)
 
     def terms(self, batches: list) -> Tensor:
         """float64 [3]: the MLM, RTD and CLM terms in this rank's micro-batches of a step."""
@@ -374,13 +366,6 @@ class Trainer:
         Raises:
             UserError: it, or the one before, could not be written.
         """
-        self.saver.wait()
-        tensors = {
-            key: self.engine.spread(name, self.saver.stage(key, part))
-            for key, name, part in self._parts()
-        }
-        for key, value in self._interval().items():
-            tensors[key] = self.saver.stage(key, value)
         state = {
             "config": to_dict(self.config),
             "tokens": self.tokens,
@@ -392,23 +377,7 @@ class Trainer:
             "tokenizer_sha256": self.prepared.tokenizer.sha256,
             "corpora": {name: corpus.sha256 for name, corpus in self.prepared.corpora()},
         }
-        self.saver.write(self.step, tensors, state)
-
-    def _parts(self) -> list[tuple[str, str, Tensor]]:
-        """(key in a checkpoint, parameter, this rank's part) of all that training changes."""
-        parameters = self.engine.named_parameters()
-        found = [(f"model.{name}", name, value.detach()) for name, value in parameters]
-        for key, value in self.optimizer.tensors().items():  # exp_avg.main.layers.0...
-            found.append((f"{self._own}optimizer.{key}", key.split(".", 1)[1], value))
-        if self.outer is not None:
-            for name, value in self.outer.tensors().items():
-                found.append((f"outer.{name}", name, value))
-        return found
-
-    def _interval(self) -> dict[str, Tensor]:
-        """The tally, by its keys in a checkpoint."""
-        tensors = self.tally.tensors()
-        return {f"{self._own}interval.{name}": value for name, value in tensors.items()}
+        self.state.save(self.step, state)
 
     def resume(self) -> bool:
         """Loads the newest whole checkpoint, if there is any, of any number of ranks.
@@ -429,18 +398,7 @@ class Trainer:
                 f"{self.folder} holds a run of {step} steps, expected no more than "
                 f"run.steps = {self.config.run.steps}; give --steps {step} or more"
             )
-        parts = [
-            (key, name, part, self.saver.stage(key, part)) for key, name, part in self._parts()
-        ]
-        tensors = {key: self.engine.spread(name, copy) for key, name, _, copy in parts}
-        interval = {key: self.saver.stage(key, value) for key, value in self._interval().items()}
-        self.saver.read(step, tensors | interval)
-        for _, _, part, copy in parts:
-            part.copy_(copy)
-        for key, value in self._interval().items():
-            value.copy_(interval[key])
-        if self.outer is not None:
-            self.outer.restart()
+        self.state.load(step)
         self.interval_steps, self.records = state["interval_steps"], state["records"]
         self.sent_bytes = state.get("sent_bytes", 0)
         self.interval_sent_bytes = state.get("interval_sent_bytes", 0)

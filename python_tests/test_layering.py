@@ -26,7 +26,7 @@ LAYERS = [
     {"sentence_files"},
     {"held_out", "pretrained", "onnx_export", "parallel", "plan_memory", "relaxed"},
     {"tally", "same_run"},
-    {"train_step"},
+    {"train_step", "training_state"},
     {"plan_time", "trainer", "inspect", "export", "evaluate"},
     {"import_mpnet", "plan", "train", "finetune", "replay"},
     {"report"},
