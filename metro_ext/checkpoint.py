@@ -137,6 +137,7 @@ def load_checkpoint(folder: str | Path, step: int | None = None, device: str = "
     Raises UserError where there is none, or where the one asked for, or every one, is damaged.
     """
     folder = Path(folder)
+    damaged: list[str] = []
     if step is None:
         step, damaged = latest_valid(folder)
         if step is None and damaged:

@@ -217,9 +217,8 @@ def _merges(processor: sentencepiece.SentencePieceProcessor) -> Iterator[list[st
     ]
     known = set(normal)
     scores = {piece: processor.get_score(processor.piece_to_id(piece)) for piece in normal}
-    for piece in sorted(
-        normal, key=scores.__getitem__, reverse=True
-    ):  # sorted() keeps ties in id order
+    # sorted() keeps ties in id order.
+    for piece in sorted(normal, key=scores.__getitem__, reverse=True):
         splits = [k for k in range(1, len(piece)) if piece[:k] in known and piece[k:] in known]
         yield from ([piece[:k], piece[k:]] for k in _leftmost_first(piece, splits))
 
