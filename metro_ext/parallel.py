@@ -134,7 +134,7 @@ class Replicated(Local):
         return contextlib.nullcontext() if last else self._step.no_sync()
 
 
-def _sum_bucket(world: World, bucket: "dist.GradBucket") -> torch.futures.Future[Tensor]:
+def _sum_bucket(world: World, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     """DDP's default hook without its division by the number of ranks."""
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     world.traffic.all_reduce(bucket.buffer().nbytes, world.size)
