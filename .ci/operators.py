@@ -61,7 +61,8 @@ def contents() -> str:
     for family in FAMILIES:
         module = sys.modules[f"metro_ext.ops.{family}"]
         links = ", ".join(f"[`{name}`](#{name.lower()})" for name, _ in members(module))
-        lines.append(f"- {links}: {inspect.getdoc(module).splitlines()[0].rstrip('.')}")
+        title = inspect.getdoc(module).splitlines()[0].rstrip(".")
+        lines.append(wrapped(f"- {links}: {title}", "  "))
     return "\n".join(lines)
 
 
