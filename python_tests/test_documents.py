@@ -17,6 +17,7 @@ import pytest
 
 import metro_ext
 from metro_ext.config import load_config
+from metro_ext.config_schema import FIELDS
 from metro_ext.sample_text import sample_paths
 
 ROOT = Path(__file__).parents[1]
@@ -133,7 +134,7 @@ def test_ci_finds_the_test_command():
     assert len(lines) == 1 and lines[0].startswith("python3 -m venv .venv && ")
 
 
-# ---- The README's figures are those of the records ----
+# ---- Figures are those of the records, settings those of the code ----
 
 STEPS = {
     "12 × 256, auxiliary": "step-bf16",
@@ -151,8 +152,20 @@ OPERATORS = {
 }
 
 
-def row(start: str) -> list[str]:
-    (line,) = [one for one in TEXTS["README.md"].splitlines() if one.startswith(f"| {start}")]
+# Rows of kernels.md, of which some give the forward pass alone too.
+KERNELS = {
+    "attention | 8 × 512": ("attention", "attention 8x512x12x64 bf16"),
+    "with dropout": ("attention", "attention 8x512x12x64 dropout 0.1 bf16"),
+    "attention | 32 × 128": ("attention", "attention 32x128x4x64 bf16"),
+    "bias + dropout": ("layer-norm", "layer_norm 4096x768 bias + dropout + residual bf16"),
+    "GELU": ("gelu", "bias_gelu 4096x3072 bf16"),
+    "vocabulary head": ("vocab-head", "vocab_head 614x768x65536 sampled bf16"),
+    "RTD head": ("rtd-head", "rtd_head 4096x768 bf16"),
+}
+
+
+def row(start: str, page: str = "README.md") -> list[str]:
+    (line,) = [one for one in TEXTS[page].splitlines() if one.startswith(f"| {start}")]
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
@@ -183,3 +196,41 @@ def test_an_operator_s_figures(start):
     assert ms == f"{1e3 * found['ours']:.3g}" and share == f"{found['floor_share']:.0%}"
     said = re.findall(r"([\d.]+) ×", peers)
     assert said and set(said) <= {f"{ratio:.1f}" for ratio in found["ratios"].values()}
+
+
+@pytest.mark.parametrize("start", KERNELS)
+def test_a_kernel_s_shares(start):
+    family, case = KERNELS[start]
+    shares = {
+        kind: f"{record(f'ops-{family}', f'{case} {kind}')['floor_share']:.0%}"[:-1] + " %"
+        for kind in ("forward", "forward + backward")
+    }
+    said = row(start, "kernels.md")[-1]
+    assert said in (
+        shares["forward + backward"],
+        f"{shares['forward + backward']} ({shares['forward']} forward)",
+    )
+
+
+def recipe_defaults() -> list[tuple[str, str]]:
+    """(key, default as it is written) of the recipe's tables, where a row gives one value a key."""
+    found = []
+    for line in TEXTS["recipe.md"].splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        keys = re.findall(r"`([\w.]+)`", cells[0])
+        if not line.startswith("| `") or not keys or "." not in keys[0]:
+            continue
+        section = keys[0].partition(".")[0]
+        keys = [key if "." in key else f"{section}.{key}" for key in keys]
+        found += zip(keys, cells[1].split(", "), strict=False)
+    return found
+
+
+def test_the_recipe_s_defaults_are_those_of_the_code():
+    compared = 0
+    for key, said in recipe_defaults():
+        default = FIELDS[key].default  # a KeyError: there is no such setting
+        if re.fullmatch(r"[\d.e-]+|`\w+`", said):
+            assert default == (said.strip("`") if said.startswith("`") else float(said)), key
+            compared += 1
+    assert compared >= 15
