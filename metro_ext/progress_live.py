@@ -6,7 +6,7 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TextIO
 
 from rich.console import Console, Group, RenderableType
@@ -21,6 +21,7 @@ from metro_ext.progress import Numbers, duration, percent, scientific, short, th
 # Between two drawings: each takes a few milliseconds, from the thread that trains.
 REDRAW_SECONDS = 0.5
 CURVE_WIDTH = 32
+CURVE_POINTS = 8 * CURVE_WIDTH  # kept of a curve; even
 _LEVELS = "▁▂▃▄▅▆▇█"
 
 # (label, key, form); what an objective does not have gets no row. A key stands for the same thing
@@ -52,6 +53,37 @@ def terminal(stream: TextIO) -> Console | None:
     return console if console.is_terminal and not console.is_dumb_terminal else None
 
 
+class Curve:
+    """The course of a number, in constant memory: its points are means of equally many values."""
+
+    def __init__(self) -> None:
+        self._points: list[float] = []
+        self._values: list[float] = []  # of the point to come
+        self._stride = 1  # values to a point
+
+    def add(self, value: float) -> None:
+        self._values.append(value)
+        if len(self._values) < self._stride:
+            return
+        self._points.append(sum(self._values) / self._stride)
+        self._values.clear()
+        if len(self._points) == CURVE_POINTS:
+            halves = zip(self._points[::2], self._points[1::2], strict=True)
+            self._points = [(a + b) / 2 for a, b in halves]
+            self._stride *= 2
+
+    def text(self, width: int) -> str:
+        """At most `width` characters, each a stretch's mean, scaled from lowest to highest."""
+        points, count = self._points, min(len(self._points), width)
+        if count < 2:
+            return ""
+        edges = [len(points) * i // count for i in range(count + 1)]
+        means = [sum(points[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
+        low, high = min(means), max(means)
+        scale = (len(_LEVELS) - 1) / (high - low) if high > low else 0.0
+        return "".join(_LEVELS[round((mean - low) * scale)] for mean in means)
+
+
 class Panelled:
     """The panel, at the bottom of the terminal; warnings and what others print go above it.
 
@@ -74,7 +106,7 @@ class Panelled:
         self._timing: Numbers = {}
         self._held_out: dict[str, float | None] = {}
         self._held_out_step: int | None = None
-        self._curves: dict[str, list[float]] = {}
+        self._curves = {key: Curve() for _, key, _ in ROWS}
         self._eta: float | None = None
         # Without rich's own thread: a drawing takes place between two steps. What goes to a file
         # instead of the terminal stays there.
@@ -87,9 +119,9 @@ class Panelled:
 
     def interval(self, step: int, values: Numbers, timing: Numbers, eta: float) -> None:
         self._step, self._now, self._timing, self._eta = step, dict(values), timing, eta
-        for key, value in values.items():
-            if value is not None and math.isfinite(value):
-                self._curves.setdefault(key, []).append(float(value))
+        for key, curve in self._curves.items():
+            if (value := values.get(key)) is not None and math.isfinite(value):
+                curve.add(value)
         self._draw()
 
     def evaluation(self, step: int, values: Numbers) -> None:
@@ -135,8 +167,9 @@ class Panelled:
     def _figures(self) -> RenderableType:
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
         at = "" if self._held_out_step is None else f" at {self._held_out_step}"
-        for name, side in (("", "left"), ("training", "right"), (f"held-out{at}", "right")):
-            table.add_column(name, justify=side, no_wrap=True)
+        table.add_column(no_wrap=True)
+        for name in ("training", f"held-out{at}"):
+            table.add_column(name, justify="right", no_wrap=True)
         table.add_column("course of training", no_wrap=True, overflow="crop")
         for label, key, form in ROWS:
             now, held_out = self._now.get(key), self._held_out.get(key)
@@ -144,7 +177,9 @@ class Panelled:
                 continue
             style = "dim" if label.startswith(" ") else ""
             cells = ("" if value is None else form(value) for value in (now, held_out))
-            table.add_row(label, *cells, curve(self._curves.get(key, ()), CURVE_WIDTH), style=style)
+            table.add_row(
+                label, *cells, Text(self._curves[key].text(CURVE_WIDTH), "cyan"), style=style
+            )
         if not table.rows:
             return Text("the first figures come with the first interval", style="dim")
         return table
@@ -161,16 +196,3 @@ class Panelled:
         if skipped := self._now.get("skipped_steps"):
             parts.append(f"[bold red]skipped steps {skipped:g}[/]")
         return Text.from_markup("   ".join(parts), style="dim")
-
-
-def curve(values: Sequence[float], width: int) -> Text:
-    """A curve of at most `width` characters, each the mean of a stretch, lowest to highest."""
-    count = min(len(values), width)
-    if count < 2:
-        return Text()
-    edges = [len(values) * i // count for i in range(count + 1)]
-    means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
-    low, high = min(means), max(means)
-    steps = len(_LEVELS) - 1
-    scale = steps / (high - low) if high > low else 0.0
-    return Text("".join(_LEVELS[round((mean - low) * scale)] for mean in means), style="cyan")

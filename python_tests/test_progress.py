@@ -18,7 +18,7 @@ from training_runs import ENVIRONMENT, command
 from bench import progress as progress_picture
 from metro_ext import progress_live
 from metro_ext.monitor import Monitor
-from metro_ext.progress_live import Panelled, curve
+from metro_ext.progress_live import CURVE_POINTS, Curve, Panelled
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")
 VALUES = {"loss": 31.25, "mlm_loss": 5.5, "rtd_loss": None, "lr": 1e-3, "rtd_accuracy": 0.861}
@@ -177,7 +177,17 @@ def test_a_monitor_that_is_never_told_anything_draws_nothing(tmp_path):
      (range(16), "▁▂▃▄▅▆▇█"), (range(17), "▁▂▃▄▅▆▇█")],
 )  # fmt: skip
 def test_curve(values, shown):
-    assert curve(list(values), 8).plain == shown
+    curve = Curve()
+    for value in values:
+        curve.add(value)
+    assert curve.text(8) == shown
+
+
+def test_a_curve_of_any_length_is_bounded_and_keeps_its_shape():
+    curve = Curve()
+    for step in range(100_000):
+        curve.add(float(step))
+    assert len(curve._points) < CURVE_POINTS and curve.text(8) == "▁▂▃▄▅▆▇█"
 
 
 def test_the_picture_of_a_run(on_terminal, tmp_path, capsys):
