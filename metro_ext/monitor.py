@@ -1,4 +1,4 @@
-"""What a run tells: a line an interval, a live bar on a terminal, and records to compare and plot.
+"""What a run tells: a line an interval or a panel on a terminal, and records to compare and plot.
 
 Files in the run's folder, one JSON object a line:
 
@@ -30,15 +30,13 @@ from typing import Any, TextIO
 from metro_ext.atomic import atomic_write
 from metro_ext.boards import Board
 from metro_ext.errors import UserError
+from metro_ext.progress import Lines, Progress
 
 # Present in every record of metrics.jsonl, in this order after `step`.
 TRAINING_KEYS = (
     "loss", "mlm_loss", "rtd_loss", "clm_loss", "rtd_accuracy", "grad_norm", "lr", "tokens",
 )  # fmt: skip
 METRICS_FILE, TIMING_FILE, EVALUATION_FILE = "metrics.jsonl", "timing.jsonl", "evaluation.jsonl"
-
-_BAR_WIDTH = 30
-_BAR_SECONDS = 0.1  # between two drawings: enough for the eye, nothing beside a step
 
 
 class Monitor:
@@ -52,7 +50,8 @@ class Monitor:
     checksums: what `sync` returned at resumed_step; records that differ are warned of.
     flops_per_token, peak_flops: FLOPs a token costs, FLOP/s the hardware can do, for the MFU.
     boards: told every number too, and closed with the monitor (`metro_ext.boards`).
-    stream: where lines and bar go; by default the standard output at the time of the call.
+    stream: where progress is shown, by default the standard output at the time of the call: as a
+        panel on a terminal where rich is installed, else in lines.
     clock: seconds from any start.
 
     Raises UserError where a file cannot be written.
@@ -76,16 +75,13 @@ class Monitor:
         self._step = resumed_step
         self._tokens: float = resumed_tokens
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
-        self._stream = stream or sys.stdout
-        self._live = self._stream.isatty()
         self._clock = clock
         self._boards = list(boards)
         self._records = {
             name: _Records(Path(run_dir) / name, resumed_step)
             for name in (METRICS_FILE, TIMING_FILE, EVALUATION_FILE)
         }
-        self._bar_shown = False
-        self._bar_time = -math.inf
+        self._progress = _progress(stream or sys.stdout, str(run_dir), total_steps, resumed_step)
         self._interval_start = clock()
         self._waited = 0.0
         for name, records in self._records.items():
@@ -123,7 +119,7 @@ class Monitor:
         self._records[METRICS_FILE].append(step, values)
         self._records[TIMING_FILE].append(step, timing)
         self._to_boards("train", step, values | timing)
-        self._print(_line(step, self._total, values, timing, eta))
+        self._progress.interval(step, values, timing, eta)
         self._step, self._interval_start = step, now
 
     def log_evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -131,19 +127,11 @@ class Monitor:
         values = {key: _number(value) for key, value in metrics.items()}
         self._records[EVALUATION_FILE].append(step, values)
         self._to_boards("eval", step, values)
-        shown = (f"{key.replace('_', ' ')} {_short(value)}" for key, value in values.items())
-        self._print("  ".join([f"{step}/{self._total}  held-out:", *shown]))
+        self._progress.evaluation(step, values)
 
     def tick(self, step: int) -> None:
         """Call after every step: moves the bar where there is a terminal to show it."""
-        if not self._live or (now := self._clock()) - self._bar_time < _BAR_SECONDS:
-            return
-        done = min(step / self._total, 1.0)
-        filled = round(done * _BAR_WIDTH)
-        bar = "#" * filled + "." * (_BAR_WIDTH - filled)
-        self._stream.write(f"\r[{bar}] {step}/{self._total} {done:6.1%}")
-        self._stream.flush()
-        self._bar_shown, self._bar_time = True, now
+        self._progress.tick(step)
 
     @contextlib.contextmanager
     def untimed(self) -> Iterator[None]:
@@ -164,9 +152,8 @@ class Monitor:
             self._waited += self._clock() - start
 
     def warn(self, sentence: str) -> None:
-        """Prints a warning to stderr."""
-        self._clear_bar()
-        print(f"warning: {sentence}", file=sys.stderr, flush=True)
+        """Shows a warning, on the standard error or above the panel."""
+        self._progress.warn(sentence)
 
     def sync(self) -> dict[str, str]:
         """Puts all records on disk; call before a checkpoint that a resume will count on.
@@ -180,7 +167,7 @@ class Monitor:
         return {name: records.checksum for name, records in self._records.items()}
 
     def close(self) -> None:
-        self._clear_bar()
+        self._progress.close()
         for records in self._records.values():
             records.close()
         for board in self._boards:
@@ -192,20 +179,23 @@ class Monitor:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _print(self, line: str) -> None:
-        self._clear_bar()
-        print(line, file=self._stream, flush=True)
-
-    def _clear_bar(self) -> None:
-        if self._bar_shown:
-            self._stream.write("\r\x1b[K")
-            self._stream.flush()
-            self._bar_shown = False
-
     def _to_boards(self, group: str, step: int, values: Mapping[str, Any]) -> None:
         known = {f"{group}/{key}": value for key, value in values.items() if value is not None}
         for board in self._boards:
             board.add(step, known)
+
+
+def _progress(stream: TextIO, title: str, total: int, step: int) -> Progress:
+    if not stream.isatty():
+        return Lines(stream, total)
+    try:
+        from metro_ext import progress_live  # rich takes a while to import
+    except ImportError:
+        return Lines(stream, total)
+    console = progress_live.terminal(stream)
+    if console is None:
+        return Lines(stream, total)
+    return progress_live.Panelled(console, title, total, step)
 
 
 class Silent:
@@ -325,52 +315,3 @@ def _number(value: Any) -> int | float | None:
 
 def _plain(value: int | float | None) -> int | float | str | None:
     return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _line(
-    step: int, total: int, values: Mapping[str, Any], timing: Mapping[str, Any], eta: float
-) -> str:
-    rate = timing["tokens_per_s"]
-    width = len(str(total))
-    return "  ".join(
-        [
-            f"{step:>{width}}/{total} ({step / total:6.1%})",
-            f"loss {_short(values['loss']):>7}",
-            *(f"{part} {_short(values[part + '_loss']):>6}" for part in ("mlm", "rtd", "clm")),
-            f"rtd acc {_percent(values['rtd_accuracy']):>6}",
-            f"(base {_percent(values.get('rtd_majority')):>5})",
-            f"sampled right {_percent(values.get('sample_accuracy')):>5}",
-            f"lr {'-' if values['lr'] is None else format(values['lr'], '.2e')}",
-            f"{'-' if rate is None else _thousands(rate):>6} tok/s",
-            f"MFU {_percent(timing['mfu']):>5}",
-            f"data wait {timing['data_wait']:.1%}",
-            f"ETA {_duration(eta)}",
-        ]
-    )
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.1%}"
-
-
-def _short(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return (
-        str(value) if isinstance(value, int) else f"{value:.5g}" if value >= 1e4 else f"{value:.4f}"
-    )
-
-
-def _thousands(value: float) -> str:
-    for unit, size in (("M", 1e6), ("K", 1e3)):
-        if value >= size:
-            return (
-                f"{value / size:.3g}{unit}" if value < 1e3 * size else f"{value / size:.0f}{unit}"
-            )
-    return f"{value:.0f}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"

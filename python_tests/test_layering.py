@@ -9,8 +9,8 @@ PACKAGE = Path(metro_ext.__file__).parent
 
 # One direction: a module may import modules of earlier rows (and of its own row, where listed).
 LAYERS = [
-    {"errors", "atomic", "sample_text", "recipes", "guards", "health"},
-    {"command_line", "ops", "config_schema", "zstd_files", "parquet_files"},
+    {"errors", "atomic", "sample_text", "recipes", "guards", "health", "progress"},
+    {"command_line", "ops", "config_schema", "zstd_files", "parquet_files", "progress_live"},
     {"text_files", "checkpoint_parts", "boards"},
     {"records", "monitor"},
     {"tokenizer", "presets", "checkpoint", "info", "distributed", "hardware", "cuda_graph"},

@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 
-from metro_ext import monitor
+from metro_ext import progress
 from metro_ext.errors import UserError
 from metro_ext.monitor import TRAINING_KEYS, Monitor, read_records
 
@@ -25,11 +25,6 @@ class Clock:
 
     def __call__(self):
         return self.now
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
 
 
 def metrics(step):
@@ -108,21 +103,6 @@ def test_the_line(tmp_path):
         "501/1500 held-out: rtd auc 0.7000 tokens 40",
     ]
     assert "\r" not in out.getvalue()
-
-
-def test_the_bar_is_for_terminals_only(tmp_path):
-    clock, terminal = Clock(), Terminal()
-    with Monitor(tmp_path, 10, stream=terminal, clock=clock) as log:
-        for step in range(1, 6):
-            clock.now += 0.06  # every second tick falls within the pause
-            log.tick(step)
-        log.log(5, metrics(5))
-    shown = terminal.getvalue()
-    assert shown.count("\r[") == 3 and "5/10" in shown
-    assert shown.index("\r\x1b[K") < shown.index("loss")  # the bar is gone before the line
-    with Monitor(tmp_path, 10, stream=(plain := io.StringIO())) as log:
-        log.tick(1)
-    assert plain.getvalue() == ""
 
 
 @pytest.mark.parametrize("torn", [b"", b'{"step": 9, "lo', b"\x00" * 30])
@@ -229,7 +209,7 @@ def test_sync_reaches_the_disk(tmp_path, monkeypatch):
     ],
 )
 def test_thousands(value, text):
-    assert monitor._thousands(value) == text
+    assert progress.thousands(value) == text
 
 
 def test_numbers_survive_json(tmp_path):

@@ -29,16 +29,18 @@ def attention(
     recomputes the probabilities and the dropout.
 
     Args:
-        qkv: queries, keys and values [T, 3, heads, d], float32 or bfloat16; d is a multiple of 8 up
-            to 128.
+        qkv: queries, keys and values [T, 3, heads, d], float32 or bfloat16 (float16 on CUDA); d is
+            a multiple of 8 up to 128.
         cu_seqlens: int32 [S + 1], where sequence s holds the tokens cu_seqlens[s] up to
             cu_seqlens[s + 1]; from 0 to T. Repeated values are empty sequences and cost nothing.
         bias: float32 [heads, 2 L − 1], added to the scores, or None. A T5 table of buckets becomes
             it with :func:`relative_bias`.
         max_seqlen: L; no sequence is longer.
-        seed: one int64 on the device of ``qkv``, the key of the dropout; None when ``p`` is 0.
-        p: probability of dropping a probability, rounded to a multiple of 2^-16.
-        draw: 0 ... 2^24 − 1, tells apart the dropouts that share a seed (the layer, say).
+        seed: one int64 on the device of ``qkv``, the key of the dropout; may be None when ``p`` is
+            0.
+        p: share of the probabilities that is dropped, in [0, 1], rounded to a multiple of 2^-16;
+            what is kept is scaled by 1 / (1 − p).
+        draw: tells apart the dropouts that share a seed (the layer, say), in [0, 2^24).
 
     Returns:
         [T, heads, d] like ``qkv``.
@@ -60,13 +62,13 @@ def relative_bias(table: Tensor, max_seqlen: int, max_distance: int) -> Tensor:
     first half is one bucket per distance, the rest grow logarithmically up to ``max_distance``.
 
     Args:
-        table: [buckets, heads]; buckets is even and at least 4.
-        max_seqlen: L.
-        max_distance: all distances from here on share the last bucket.
+        table: float32 [buckets, heads]; buckets is even and at least 4.
+        max_seqlen: L, at least 1.
+        max_distance: all distances from here on share the last bucket; above buckets / 4.
 
     Returns:
-        [heads, 2 L − 1] for :func:`attention`: column j − i + L − 1 is for key j and query i.
-        Differentiable by ``table``.
+        float32 [heads, 2 L − 1] for :func:`attention`: column j − i + L − 1 is for key j and query
+        i. Differentiable by ``table``.
 
     Raises:
         UserError: the shape of ``table`` or a size does not fit.

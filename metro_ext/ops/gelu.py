@@ -17,7 +17,7 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
         bias: float32 [F].
 
     Returns:
-        Activations like ``x``.
+        Activations like ``x``, contiguous.
 
     The backward pass recomputes z from ``x``. Both gradients are deterministic.
 

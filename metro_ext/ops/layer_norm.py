@@ -12,11 +12,12 @@ from metro_ext.ops.first_order import first_order
 class Normed(NamedTuple):
     """The output of a LayerNorm, and what it can be computed from again.
 
-    out: activations [..., H].
-    sum: like ``out``, the input of the norm, which its backward pass keeps anyway.
-    weight, shift: copies of its parameters, float32 [H], without a gradient: an engine that shards
-        parameters may have taken the originals away.
-    eps: added to the variance.
+    Attributes:
+        out: activations [..., H].
+        sum: like ``out``, the input of the norm, which its backward pass keeps anyway.
+        weight, shift: copies of its parameters, float32 [H], without a gradient: an engine that
+            shards parameters may have taken the originals away.
+        eps: added to the variance.
     """
 
     out: Tensor
@@ -27,7 +28,17 @@ class Normed(NamedTuple):
 
     @staticmethod
     def again(sum: Tensor, weight: Tensor, shift: Tensor, eps: float) -> Tensor:
-        """``out``, bit for bit, in a pass over ``sum``."""
+        """``out``, bit for bit, in a pass over ``sum``.
+
+        Args:
+            sum, weight, shift, eps: those of a :class:`Normed`.
+
+        Returns:
+            Activations like ``sum``, without a gradient.
+
+        Raises:
+            RuntimeError: a shape, dtype or device is not as above.
+        """
         return torch.ops.metro.layer_norm(sum, None, None, weight, shift, None, 0.0, 0, eps)[0]
 
 
@@ -85,7 +96,14 @@ def normed(
 ) -> Normed:
     """:func:`layer_norm`, with what its users need to compute its output again.
 
-    Args, errors: as there.
+    Args:
+        x, weight, shift, bias, residual, seed, p, draw, eps: as there.
+
+    Returns:
+        A :class:`Normed`; its ``out`` is what :func:`layer_norm` gives, and carries the gradients.
+
+    Raises:
+        RuntimeError: as there.
     """
     op = torch.ops.metro.layer_norm
     out, sum, _, _ = op(x, bias, residual, weight, shift, seed, p, draw, eps)

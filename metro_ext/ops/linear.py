@@ -82,7 +82,7 @@ def linear(x: Tensor | Normed, weight: Tensor, bias: Tensor | None = None) -> Te
         x: activations [T, K], float32 or bfloat16 (float16 on CUDA), or the output of a norm, which
             the backward pass then computes again.
         weight: float32 [N, K].
-        bias: float32 [N].
+        bias: float32 [N]; None: zero.
 
     Returns:
         Activations [T, N].

@@ -52,8 +52,8 @@ def pretrain_loss(
 
     Returns:
         loss: float32 []. A part whose denominator is 0 contributes 0.
-        metrics: float32 [12], see ``METRICS``. Without gradient. Sums are taken in float64; a count
-            is exact up to 2^24, beyond which float32 rounds it.
+        metrics: float32 [12], named by ``METRICS``, without gradient. Sums are taken in float64; a
+            count is exact up to 2^24, beyond which float32 rounds it.
 
     Raises:
         RuntimeError: a shape, dtype or device is not as above, or no part is given.
@@ -74,10 +74,11 @@ def row_gradient(weight: float, target: Tensor, denominator: Tensor | None = Non
         denominator: float32 [], the part's; None: its own count.
 
     Returns:
-        float32 [], weight / denominator.
+        float32 [], weight / denominator, or ``weight`` where the denominator is below 1 (no row
+        counts then).
     """
     count = (target != -100).sum() if denominator is None else denominator
-    return weight / count.clamp_min(1)  # where it is 0, no row counts
+    return weight / count.clamp_min(1)
 
 
 @torch.library.register_fake("metro::pretrain_loss")

@@ -19,12 +19,13 @@ class TokenTable:
         weight: float32 [V, H].
         dtype: of rows and matrix; the rounded copy is made once.
 
-    matrix: [V, H] in `dtype`, for heads tied to the table.
-    gradient: like `matrix`, uninitialised: where the heads may put its gradient. Backward, the
-        float32 gradient of ``weight`` is then widened in place, over the matrix that nobody reads
-        any more: at that moment most of a step's memory has been handed back, but in pieces among
-        the gradients of layers, and another block of this size would come on top of them. None
-        where `dtype` is that of ``weight``, or under ``torch.compile``.
+    Attributes:
+        matrix: [V, H] in ``dtype``, for heads tied to the table.
+        gradient: like ``matrix``, uninitialised: where the heads may put its gradient. Backward,
+            the float32 gradient of ``weight`` is then widened in place, over the matrix that nobody
+            reads any more: at that moment most of a step's memory has been handed back, but in
+            pieces among the gradients of layers, and another block of this size would come on top
+            of them. None where ``dtype`` is that of ``weight``, or under ``torch.compile``.
 
     An instance serves one forward and backward pass. Under ``torch.compile``, which cannot follow
     the collection, it is plain autograd.
@@ -46,15 +47,26 @@ class TokenTable:
     def apart(self) -> "TokenTable":
         """The same table for lookups in a part of the step that goes backward first, by itself.
 
-        Their gradients reach ``weight`` with this table's own backward pass; those of its `matrix`
-        do not.
+        Returns:
+            A :class:`TokenTable`. The gradients of its lookups reach ``weight`` with this table's
+            own backward pass; those of its ``matrix`` do not.
         """
         other = copy.copy(self)
         other.matrix = self.matrix.detach().requires_grad_()
         return other
 
     def rows(self, tokens: Tensor) -> Tensor:
-        """The rows of int64 tokens [T]: [T, H] in the table's dtype."""
+        """The rows of tokens.
+
+        Args:
+            tokens: int64 [T], ids in [0, V).
+
+        Returns:
+            [T, H] in the table's dtype.
+
+        Raises:
+            IndexError: an id is out of range (on the CPU; torch's own message).
+        """
         if self.plain:
             return F.embedding(tokens, self.weight).to(self.matrix.dtype)
         return _Lookup.apply(self.matrix, tokens, self.lookups)

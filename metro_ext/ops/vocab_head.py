@@ -15,12 +15,19 @@ from metro_ext.ops.first_order import refuse_second_order
 
 
 class VocabHead(NamedTuple):
-    """What :func:`vocab_head` gives for N rows; none of it carries a gradient."""
+    """What :func:`vocab_head` gives for N rows; none of it carries a gradient.
 
-    nll: Tensor  # float32 [N], -log softmax(logits)[target] in nats; 0 where ignored
-    lse: Tensor  # float32 [N], log Σ exp(logits)
-    hit: Tensor  # uint8 [N], 1 where the first argmax of the logits is the target
-    sample: Tensor  # int64 [N], one token a row; empty without a seed
+    Attributes:
+        nll: float32 [N], −ln softmax(logits)[target] in nats; 0 where ignored.
+        lse: float32 [N], ln Σ exp(logits).
+        hit: uint8 [N], 1 where the first argmax of the logits is the target.
+        sample: int64 [N], one token a row; empty without a seed.
+    """
+
+    nll: Tensor
+    lse: Tensor
+    hit: Tensor
+    sample: Tensor
 
 
 def vocab_head(
@@ -42,14 +49,15 @@ def vocab_head(
             gradient (but a sample, if samples are asked for).
         seed: one int64 on the device of the data, the key of the random numbers; None: no samples.
         temperature: samples come from softmax(logits / temperature); > 0.
-        draw: tells apart the draws that share a seed, 0 <= draw < 2**24.
+        draw: tells apart the draws that share a seed, in [0, 2^24).
 
     Returns:
         A :class:`VocabHead`. The logits are rounded to the dtype of ``hidden`` before the bias is
         added, as a linear layer's are; everything after that is float32.
 
-    Samples depend on the seed, ``draw``, the row's index and its logits alone; csrc/vocab_head/
-    vocab_head.h describes the scheme (Gumbel-max over tiles, inverse CDF inside the winner).
+    Samples depend on the seed, ``draw``, the row's index and its logits alone: the Gumbel-max trick
+    (Maddison et al., arXiv 1411.0030) over tiles of the vocabulary, inverse CDF inside the winner;
+    ``csrc/vocab_head/vocab_head.h`` describes the scheme.
     Logits are held a chunk of rows at a time, never N × V. All results are deterministic.
 
     Raises:
@@ -73,6 +81,7 @@ def vocab_head_loss(
     """``scale`` times the sum of the losses of :func:`vocab_head`, with gradients.
 
     Args:
+        hidden, weight, bias, target, seed, temperature, draw: as there.
         scale: a number, or float32 of one element on the device of the data; for a mean
             1 / (number of targets). It is part of the gradients that the forward pass computes, in
             the dtype of ``hidden``: in float16 leave it near 1, and scale the loss.
@@ -103,7 +112,7 @@ class HeadGradients:
         loss = gradients.attach(scale * first.nll.sum() + other_scale * second.nll.sum() + more)
 
     Args:
-        weight: the matrix [V, H].
+        weight: the matrix [V, H], in the dtype of the hidden states.
         room: contiguous, like ``weight``: takes its gradient, so that nothing is allocated for it.
     """
 
@@ -125,7 +134,15 @@ class HeadGradients:
     ) -> VocabHead:
         """:func:`vocab_head`, and the gradients of ``scale · nll.sum()`` where they are needed.
 
-        ``scale``: float32 of one element, on the device of the data.
+        Args:
+            hidden, bias, target, seed, temperature, draw: as there.
+            scale: float32 of one element, on the device of the data.
+
+        Returns:
+            A :class:`VocabHead`.
+
+        Raises:
+            RuntimeError: as :func:`vocab_head`, or ``scale`` is not as above.
         """
         given = hidden, self._weight, bias
         if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)):
@@ -148,9 +165,17 @@ class HeadGradients:
     def attach(self, loss: Tensor, with_matrix: bool = True) -> Tensor:
         """``loss``, with the gradients by the heads' inputs on top of those that it has.
 
-        It is the caller's part that ``loss`` contains ``scale · nll.sum()`` of every head since the
-        last call. with_matrix: the matrix's gradient too; else it waits for a later call, to whose
-        loss these heads then belong as far as the matrix is concerned.
+        Args:
+            loss: float32 []. It is the caller's part that it contains ``scale · nll.sum()`` of
+                every head since the last call.
+            with_matrix: the matrix's gradient too; else it waits for a later call, to whose loss
+                these heads then belong as far as the matrix is concerned.
+
+        Returns:
+            float32 [], the value of ``loss``.
+
+        Raises:
+            RuntimeError: in the backward pass, if it is to be differentiated once more.
         """
         if self._grad_weight is None:
             return loss
