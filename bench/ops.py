@@ -20,8 +20,10 @@ timed fetches it again: otherwise the contenders would have to fit into the devi
 once. ``peak_mb`` is what a call needs at its peak beyond what was held before it: outputs and
 gradients (``results_mb``, which no implementation can do without) and whatever is temporary.
 Floors: bytes over the copy bandwidth or FLOPs over the rate of torch's own product, whichever is
-the longer, both measured in turns with the contenders. A peer that fails, for want of memory say,
-leaves the case with its error as the reason.
+the longer, both measured in turns with the contenders. That of the forward pass is of a training
+step: what LayerNorm writes for its backward pass is in it, though nothing else needs it. On the CPU
+an output of a few MB may stay in the cache, and a share can then pass 100 %. A peer that fails, for
+want of memory say, leaves the case with its error as the reason.
 
 A family is measured in about a minute; each may have a file of its own, as in
 ``python bench/ops.py attention --output ops-attention.json``.
