@@ -1,10 +1,12 @@
 """Small cases of every operator for `bench/gpu_check.py`, and what is asked of them.
 
-    python -m bench.gpu_cases repeats | equality | once [--device cuda]
+    python -m bench.gpu_cases repeats | equality | values | once [--device cuda]
 
 ``repeats``: the same call gives the same bits. ``equality``: the CPU and the device draw the same
-masks, samples and dropout. ``once``: every case runs, for a sanitizer to watch. The last line is
-JSON, ``{"checks": {name: "ok" or what is wrong}}``; the exit code is 1 if anything is wrong.
+masks, samples and dropout. ``values``: a vocabulary head whose rows take more than one chunk agrees
+with float64 (`bench.gpu_values`). ``once``: every case runs, for a sanitizer to watch. The last
+line is JSON, ``{"checks": {name: "ok" or what is wrong}}``; the exit code is 1 if anything is
+wrong.
 """
 
 import argparse
@@ -15,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from bench.gpu_values import OK, chunked_heads
 from metro_ext.command_line import run
 from metro_ext.objective import IGNORED
 from metro_ext.ops import (
@@ -29,11 +32,14 @@ from metro_ext.ops import (
     vocab_head_loss,
 )
 
-OK = "ok"
 REPEATS = 3
 HEAD_SIZES = (32, 64, 96, 128)
 LENGTHS = (1, 0, 67, 130)  # of packed sequences: no tile is full, one is empty
+# Of the kernels' paths: element by element, and by vectors of 16 bytes.
+WIDTHS = (97, 768)
 VOCAB, MASK_ID = 1031, 4
+# Vectors, and more than one group of sample tiles (csrc/vocab_head/vocab_head_rows_cuda.cu).
+WIDE_VOCAB = 17408
 Results = tuple[Tensor, ...]
 
 
@@ -75,13 +81,13 @@ def _layer_norm(device: str, dtype: torch.dtype, width: int) -> Results:
     )
 
 
-def _bias_gelu(device: str, dtype: torch.dtype) -> Results:
+def _bias_gelu(device: str, dtype: torch.dtype, width: int) -> Results:
     return _with_gradients(
-        bias_gelu, _normal(67, 771).to(device, dtype), _normal(771, seed=2).to(device)
+        bias_gelu, _normal(67, width).to(device, dtype), _normal(width, seed=2).to(device)
     )
 
 
-def _vocab_head(device: str, dtype: torch.dtype) -> Results:
+def _vocab_head(device: str, dtype: torch.dtype, vocab: int) -> Results:
     target = (torch.arange(67) * 15).to(device)
 
     def head(hidden: Tensor, weight: Tensor, bias: Tensor) -> Results:
@@ -91,17 +97,17 @@ def _vocab_head(device: str, dtype: torch.dtype) -> Results:
     return _with_gradients(
         head,
         _normal(67, 96).to(device, dtype),
-        (0.2 * _normal(VOCAB, 96, seed=2)).to(device, dtype),
-        _normal(VOCAB, seed=3).to(device),
+        (0.2 * _normal(vocab, 96, seed=2)).to(device, dtype),
+        _normal(vocab, seed=3).to(device),
     )
 
 
-def _rtd_head(device: str, dtype: torch.dtype) -> Results:
+def _rtd_head(device: str, dtype: torch.dtype, width: int) -> Results:
     label = (torch.arange(301) % 7 == 0).to(device, torch.uint8)
     return _with_gradients(
         lambda hidden, weight, bias: rtd_head(hidden, weight, bias, label),
-        _normal(301, 96).to(device, dtype),
-        _normal(96, seed=2).to(device),
+        _normal(301, width).to(device, dtype),
+        _normal(width, seed=2).to(device),
         _normal(1, seed=3).to(device),
     )
 
@@ -137,7 +143,8 @@ def _loss(device: str) -> Results:
 
 
 def cases(device: str) -> Iterator[tuple[str, Callable[[], Results]]]:
-    """Every operator, forward and backward, at odd shapes in every dtype of the device."""
+    """Every operator, forward and backward, in every dtype of the device, at odd shapes and at such
+    as vectors fit."""
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     if device == "cuda":
         dtypes["fp16"] = torch.float16
@@ -146,12 +153,14 @@ def cases(device: str) -> Iterator[tuple[str, Callable[[], Results]]]:
             for p in (0.0, 0.1):
                 label = f"attention {size} dropout {p} {name}"
                 yield label, lambda d=dtype, s=size, p=p: _attention(device, d, s, p)
-        for width in (97, 768, 3000):
-            yield f"layer_norm {width} {name}", lambda d=dtype, w=width: _layer_norm(device, d, w)
-        for label, case in (
-            ("bias_gelu", _bias_gelu), ("vocab_head", _vocab_head), ("rtd_head", _rtd_head)
-        ):  # fmt: skip
-            yield f"{label} {name}", lambda c=case, d=dtype: c(device, d)
+        for label, case, sizes in (
+            ("layer_norm", _layer_norm, (*WIDTHS, 3000)),
+            ("bias_gelu", _bias_gelu, WIDTHS),
+            ("vocab_head", _vocab_head, (VOCAB, WIDE_VOCAB)),
+            ("rtd_head", _rtd_head, WIDTHS),
+        ):
+            for size in sizes:
+                yield f"{label} {size} {name}", lambda c=case, d=dtype, s=size: c(device, d, s)
     yield "corruption", lambda: _corruption(device)
     yield "pretrain_loss", lambda: _loss(device)
 
@@ -223,15 +232,20 @@ def _equality(draw: Callable[[str], Results], device: str) -> str:
     return OK
 
 
-def check(what: str, device: str) -> dict[str, str]:
-    """``"ok"`` or what is wrong, by the name of the check."""
+def checks_of(what: str, device: str) -> dict[str, Callable[[], str]]:
+    """Each returns `OK` or what is wrong."""
+    if what == "values":
+        return dict(chunked_heads(device))
     if what == "equality":
-        checks = {name: lambda d=draw: _equality(d, device) for name, draw in DRAWS.items()}
-    else:
-        ask = {"repeats": _repeats, "once": _once}[what]
-        checks = {name: lambda c=case: ask(c) for name, case in cases(device)}
+        return {name: lambda d=draw: _equality(d, device) for name, draw in DRAWS.items()}
+    ask = {"repeats": _repeats, "once": _once}[what]
+    return {name: lambda c=case: ask(c) for name, case in cases(device)}
+
+
+def check(what: str, device: str) -> Iterator[dict[str, str]]:
+    """`OK` or what is wrong, by the name of the check: of all so far, after each."""
     results = {}
-    for name, function in checks.items():
+    for name, function in checks_of(what, device).items():
         try:
             results[name] = function()
             if device == "cuda":
@@ -240,15 +254,22 @@ def check(what: str, device: str) -> dict[str, str]:
             traceback.print_exc()
             first_line = (str(error).strip().splitlines() or [""])[0]
             results[name] = f"{type(error).__name__}: {first_line}"
-    return results
+        yield results
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_cases")
-    parser.add_argument("what", choices=("repeats", "equality", "once"))
+    parser.add_argument("what", choices=("repeats", "equality", "values", "once"))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    parser.add_argument(
+        "--running-record", action="store_true",
+        help="print the line after every check: what is left of a run that is cut off",
+    )  # fmt: skip
     options = parser.parse_args(argv)
-    results = check(options.what, options.device)
+    results = {}
+    for results in check(options.what, options.device):
+        if options.running_record:
+            print(json.dumps({"checks": results}), flush=True)
     print(json.dumps({"checks": results}))
     return int(any(result != OK for result in results.values()))
 

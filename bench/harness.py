@@ -6,6 +6,7 @@ one JSON object: ``script``, ``date`` (UTC), ``commit``, ``device``, ``machine``
 that ours is the faster, and memory is in MB of 10^6 bytes.
 """
 
+import hashlib
 import json
 import os
 import platform
@@ -24,6 +25,7 @@ from metro_ext.errors import UserError
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "bench" / "results"
 ABSENT = "absent: "
+SOURCE_ENDINGS = (".cpp", ".h", ".cu", ".cuh")
 
 
 @dataclass(frozen=True)
@@ -107,13 +109,41 @@ def emit(
     """Prints the table and, as the last line, the record as one line of JSON; returns the record.
 
     Args:
+        output: file to write the record to as well; a bare name lies in ``bench/results``.
+        script, cases, ceilings, threads, device: as in `record_of`.
+    """
+    cases = list(cases)
+    record = record_of(script, cases, ceilings=ceilings, threads=threads, device=device)
+    print(table(cases))
+    for name, value in record["ceilings"].items():
+        print(f"measured ceiling: {name} {value:g}")
+    if output is not None:
+        _write(output, record)
+    print_record(record)
+    return record
+
+
+def print_record(record: Mapping[str, Any]) -> None:
+    """As one line of JSON."""
+    print(json.dumps(record, allow_nan=False), flush=True)
+
+
+def record_of(
+    script: str,
+    cases: Iterable[Case],
+    *,
+    ceilings: Mapping[str, float] | None = None,
+    threads: int | None = None,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """What the files in ``bench/results`` hold.
+
+    Args:
         script: name of the script, as in ``bench/<script>.py``.
         ceilings: rates measured in this run, by a name that ends in the unit.
         threads: CPU threads of the contenders; None: torch's number in this process.
         device: that the contenders ran on, "cpu" or "cuda".
-        output: file to write the record to as well; a bare name lies in ``bench/results``.
     """
-    cases = list(cases)
     record = {
         "script": script,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -123,14 +153,7 @@ def emit(
         "ceilings": dict(ceilings or {}),
         "cases": [case.to_json() for case in cases],
     }
-    record = _rounded(record)
-    print(table(cases))
-    for name, value in record["ceilings"].items():
-        print(f"measured ceiling: {name} {value:g}")
-    if output is not None:
-        _write(output, record)
-    print(json.dumps(record, allow_nan=False), flush=True)
-    return record
+    return _rounded(record)
 
 
 def _write(output: str | os.PathLike, record: dict[str, Any]) -> None:
@@ -207,6 +230,19 @@ def commit() -> str:
         return "unknown"
     changes = _git("status", "--porcelain", "--", ".", ":!bench/results")
     return head + ("+dirty" if changes else "")
+
+
+def sources() -> str:
+    """A digest of what the benchmarks measure, C++, CUDA and Python: it needs no git."""
+    digest = hashlib.sha256()
+    files = [REPOSITORY / "CMakeLists.txt"]
+    for folder, endings in (("csrc", SOURCE_ENDINGS), ("metro_ext", (".py",))):
+        found = (REPOSITORY / folder).rglob("*")
+        files += sorted(path for path in found if path.suffix in endings)
+    for path in files:
+        digest.update(f"{path.relative_to(REPOSITORY).as_posix()}\0".encode())
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:16]
 
 
 def _git(*arguments: str) -> str | None:

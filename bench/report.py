@@ -17,6 +17,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # for `python bench/report.py`
 
+from bench.gpu_targets import VERDICTS, found_text
 from bench.harness import ABSENT, RESULTS, seconds_text
 from bench.roofline import save_plot
 from metro_ext.atomic import atomic_write
@@ -74,7 +75,10 @@ def _nested(source: Source) -> list[Source]:
     if ops:
         cases = [case for record in ops for case in record["cases"]]
         merged = [ops[0] | {"cases": cases}]
-    return [Source(source.file, r) for r in [*(r for r in records if r not in ops), *merged]]
+    nested = [*(r for r in records if r not in ops), *merged]
+    # A machine that got the tree without git knows its commit only from the check's command line.
+    commits = {"commit": source.record["commit"]}
+    return [Source(source.file, r | commits) for r in nested]
 
 
 def markdown(
@@ -249,7 +253,14 @@ def gpu_section(sources: Sequence[Source]) -> str:
             for stage in record["stages"]
         ]
         parts.append(markdown(["stage", "result", "seconds", "found"], rows, ["result", "found"]))
+        if targets := record.get("targets"):
+            parts += ["What the kernels are meant to reach on an H200:", _targets_table(targets)]
     return "\n\n".join(parts)
+
+
+def _targets_table(targets: Iterable[Mapping[str, Any]]) -> str:
+    rows = [[t["what"], t["bound"], found_text(t["found"]), VERDICTS[t["met"]]] for t in targets]
+    return markdown(["target", "wanted", "found", "verdict"], rows, ["verdict"])
 
 
 def _finding(stage: Mapping[str, Any]) -> str:

@@ -9,43 +9,39 @@ of that process over its whole life (on CUDA: the peak of torch's allocations). 
 peer runs both by autocast and by bfloat16 weights beside float32 masters; the ratio is to the
 fastest. On CUDA our step also runs in a CUDA graph; its time is among the case's figures.
 
+On CUDA the contenders share one memory. A turn is two steps that are not timed and one that is;
+after it the contender gives back all but its weights and optimizer state, so that only one at a
+time holds what a step needs. A peer that fails all the same, for want of memory say, leaves the
+turns, and the table has its error in place of a time.
+
 The floor is the useful work in matrix products (`metro_ext.presets.flops_per_token`) over the best
 rate of torch's kernels that this run measured, among a large shape and the step's own shapes.
 """
 
 import argparse
-import dataclasses
-import itertools
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # for `python bench/step.py`
 
-from bench.harness import ABSENT, Case, emit
+from bench.harness import ABSENT, Case, emit, print_record, record_of
 from bench.peers.sampling import SAMPLING
-from bench.timing import MatrixCeiling, Stopwatch, interleave, medians, peak_memory
-from bench.workers import Worker, WorkerError, serve
+from bench.step_worker import DTYPES, GRAPHED, OURS, configs, serve_contender
+from bench.timing import MatrixCeiling, interleave, medians
+from bench.workers import Crew, Worker, serve
 from metro_ext.command_line import run
-from metro_ext.config_schema import ModelConfig, ObjectiveConfig, OptimConfig, RunConfig
-from metro_ext.cuda_graph import WARM_UP_STEPS, GraphedStep, wanted
+from metro_ext.config_schema import ObjectiveConfig, RunConfig
+from metro_ext.cuda_graph import wanted
 from metro_ext.errors import UserError
-from metro_ext.hardware import keep_freed_memory, peak_flops
-from metro_ext.model import FIRST_POSITION, Packing, PretrainingModel
-from metro_ext.objective import Objective, mask_count
-from metro_ext.optim import AdamW
-from metro_ext.parallel import recompute_layers
+from metro_ext.hardware import peak_flops
+from metro_ext.objective import mask_count
 from metro_ext.presets import flops_per_token
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-SPECIAL_IDS = range(5)
-MASK_ID = 4
-BATCHES = 4
-CEILINGS, OURS, GRAPHED = "ceilings", "ours", "ours graphed"
+CEILINGS = "ceilings"
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -84,6 +80,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--contenders", nargs="+", metavar="NAME", help="only these peers, as the table names them"
     )
     parser.add_argument("--output", metavar="FILE", help="write the JSON too, to bench/results")
+    parser.add_argument(
+        "--running-record", action="store_true",
+        help="time and print ours alone first: what is left of a run that is cut off",
+    )  # fmt: skip
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     _check(options)
@@ -99,98 +99,6 @@ def _check(options: argparse.Namespace) -> None:
         )
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device is cuda, but torch finds no CUDA device; use --device cpu")
-
-
-def configs(options: argparse.Namespace) -> tuple[ModelConfig, ObjectiveConfig, OptimConfig]:
-    model = ModelConfig(
-        layers=options.layers,
-        aux_layers=options.aux_layers,
-        hidden=options.hidden,
-        ffn=4 * options.hidden,
-        heads=options.heads,
-        vocab_size=options.vocab,
-        sequence_length=options.seq,
-    )
-    return model, ObjectiveConfig(name="metro"), OptimConfig(lr=1e-4)
-
-
-def random_batches(options: argparse.Namespace) -> list[Tensor]:
-    """int64 [S, L] each, ordinary tokens only; the same for every contender."""
-    generator = torch.Generator().manual_seed(1)
-    shape = (options.tokens // options.seq, options.seq)
-    low, high = len(SPECIAL_IDS), options.vocab
-    return [
-        torch.randint(low, high, shape, generator=generator).to(options.device)
-        for _ in range(BATCHES)
-    ]
-
-
-class OurStep:
-    """One optimizer step a call, as `metro_ext.train` takes it, on given batches [S, L]."""
-
-    def __init__(self, options: argparse.Namespace):
-        model_config, objective_config, self.optim = configs(options)
-        device = torch.device(options.device)
-        self.model = PretrainingModel(model_config, "metro", seed=1).to(device).train()
-        recompute_layers(self.model, options.recompute)
-        self.optimizer = AdamW(self.model, self.optim)
-        special = torch.tensor(SPECIAL_IDS, device=device)
-        objective = Objective(objective_config, special, MASK_ID, DTYPES[options.precision])
-        self.objective = (
-            torch.compile(objective, dynamic=False) if options.compile_ours else objective
-        )
-        self.early_backward = not options.compile_ours  # as metro_ext.parallel.engine chooses
-        self.batches = itertools.cycle(
-            [self._pack(batch, seed) for seed, batch in enumerate(random_batches(options))]
-        )
-
-    @staticmethod
-    def _pack(batch: Tensor, seed: int) -> tuple[Tensor, Packing]:
-        count, length = batch.shape
-        device = batch.device
-        first = torch.arange(count + 1, dtype=torch.int32, device=device) * length
-        positions = torch.arange(FIRST_POSITION, FIRST_POSITION + length, device=device)
-        packing = Packing(positions.repeat(count), first, length, torch.tensor(seed, device=device))
-        return batch.flatten(), packing
-
-    def __call__(self) -> Tensor:
-        """The loss [], detached."""
-        return self._take(*next(self.batches), self.optim.lr)
-
-    def _take(self, tokens: Tensor, packing: Packing, rate: float | Tensor) -> Tensor:
-        self.optimizer.zero_grad()
-        loss = self.objective(self.model, tokens, packing, early_backward=self.early_backward).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.clip_norm)
-        self.optimizer.step(rate)
-        return loss.detach()
-
-
-class OurGraphedStep(OurStep):
-    """The same in a CUDA graph, as `metro_ext.train` takes it in one process."""
-
-    def __init__(self, options: argparse.Namespace):
-        super().__init__(options)
-        tokens, packing = next(self.batches)
-        device = tokens.device
-        # Positions and boundaries are those of every batch.
-        self.tokens = tokens.clone()
-        self.packing = dataclasses.replace(packing, seed=packing.seed.clone())
-        self.rate = torch.tensor(self.optim.lr, device=device)
-        self.loss = torch.zeros((), device=device)
-        self.graphed = GraphedStep(self._take_in_place, device)
-        for _ in range(WARM_UP_STEPS + 1):  # the last of these captures
-            self()
-
-    def _take_in_place(self) -> None:
-        self.loss.copy_(self._take(self.tokens, self.packing, self.rate))
-
-    def __call__(self) -> Tensor:
-        tokens, packing = next(self.batches)
-        self.tokens.copy_(tokens)
-        self.packing.seed.copy_(packing.seed)
-        self.graphed()
-        return self.loss.clone()
 
 
 def own_names(options: argparse.Namespace) -> list[str]:
@@ -215,55 +123,13 @@ def peer_names(options: argparse.Namespace) -> list[str]:
     return [name for name in names if not options.contenders or name in options.contenders]
 
 
-def make_step(name: str, options: argparse.Namespace) -> Callable[[], Tensor]:
-    """The contender of that name, built; importing its library is part of it."""
-    if name in (OURS, GRAPHED) or options.peers_keep_memory:
-        keep_freed_memory()  # as metro_ext.train does
-    if name in (OURS, GRAPHED):
-        return OurStep(options) if name == OURS else OurGraphedStep(options)
-    from bench.peers.hf_mpnet import HuggingFaceStep, MetroFromMPNet
-
-    model_config, objective, optim = configs(options)
-    torch.manual_seed(1)
-    model = MetroFromMPNet(
-        model_config, objective, torch.tensor(SPECIAL_IDS), MASK_ID, options.sampling
-    )
-    _, how, *mixed = name.split(" ")
-    return HuggingFaceStep(
-        model,
-        optim,
-        random_batches(options),
-        mixed=mixed[0] if mixed else "",
-        compiled=how == "compiled",
-    )
-
-
 def work(options: argparse.Namespace) -> None:
     """A worker's life: one contender, or the matrix products that make the ceiling."""
     if options.threads:
         torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
-    if options.worker == CEILINGS:
-        serve(_ceiling_methods(options, device))
-        return
-    watch = Stopwatch(device)
-    step: Callable[[], Tensor]
-    losses: list[Tensor] = []
-
-    def prepare() -> float:
-        nonlocal step
-        step = make_step(options.worker, options)
-        return watch.time(lambda: losses.append(step()))
-
-    serve(
-        {
-            "prepare": prepare,
-            "step": lambda: watch.time(lambda: losses.append(step())),
-            "losses": lambda: [float(losses[0]), float(losses[-1])],
-            "peak": lambda: peak_memory(device),
-            "threads": torch.get_num_threads,
-        }
-    )
+    if options.worker != CEILINGS:
+        return serve_contender(options)
+    serve(_ceiling_methods(options, torch.device(options.device)))
 
 
 def ceiling_shapes(options: argparse.Namespace) -> dict[str, tuple[int, int, int]]:
@@ -294,67 +160,89 @@ def _ceiling_methods(options: argparse.Namespace, device: torch.device) -> dict[
     }
 
 
-def measure(options: argparse.Namespace, argv: Sequence[str]) -> tuple[Case, dict[str, float], int]:
-    """Runs every contender in turns; returns the case, the measured ceilings and the threads."""
-    absent: dict[str, str] = {}
-    with ExitStack() as stack:
+Measured = dict[str, Any]  # the keywords of `bench.harness.emit`
 
-        def start(name: str) -> Worker:
-            return stack.enter_context(Worker("bench.step", name, argv))
 
-        ceilings, ours = start(CEILINGS), start("ours")
-        first_seconds = {"ours": ours.call("prepare")}
-        workers = {"ours": ours}
-        for name in [*own_names(options)[1:], *peer_names(options)]:
-            worker = start(name)
-            try:
-                first_seconds[name] = worker.call("prepare")
-                workers[name] = worker
-            except WorkerError as error:
-                absent[name] = ABSENT + str(error)
-                worker.close()
-        contenders = {
-            name: (lambda w=worker: w.call("step")) for name, worker in workers.items()
-        } | {
-            name: (lambda n=name: ceilings.call("measure", name=n))
-            for name in ceilings.call("names")
-        }
-        times = interleave(contenders, options.steps, options.warmup)
-        median = medians(times)
-        rates = {
-            name: ceilings.call("flops", name=name) / median[name]
-            for name in ceilings.call("names")
-        }
-        peaks = {name: worker.call("peak") / 1e6 for name, worker in workers.items()}
-        losses = {name: worker.call("losses") for name, worker in workers.items()}
-        threads = ceilings.call("threads")
+def measure(options: argparse.Namespace, argv: Sequence[str]) -> Iterator[Measured]:
+    """The case with the measured ceilings and the number of threads; with ``--running-record``
+    that of ours alone before."""
+    names = [*own_names(options), *peer_names(options)]
+    with Worker("bench.step", CEILINGS, argv) as ceilings, Crew("bench.step", argv, [OURS]) as crew:
+        crew.muster(names)
+        first_seconds = {OURS: crew.call(OURS, "prepare")}
+        if options.running_record:
+            yield _measure_present(options, crew, [OURS], ceilings, first_seconds)
+        for name in names[1:]:
+            seconds = crew.attempt(name, "prepare")
+            if seconds is not None:
+                first_seconds[name] = seconds
+        yield _measure_present(options, crew, list(crew.present), ceilings, first_seconds)
+
+
+def _measure_present(
+    options: argparse.Namespace,
+    crew: Crew,
+    names: Sequence[str],
+    ceilings: Worker,
+    first_seconds: Mapping[str, float],
+) -> Measured:
+    """These contenders and the products of the ceiling in turns."""
+    products = ceilings.call("names")
+    turns = {name: (lambda n=name: crew.call(n, "step")) for name in names} | {
+        name: (lambda n=name: ceilings.call("measure", name=n)) for name in products
+    }
+    times = interleave(turns, options.steps, options.warmup, drop=crew.drop)
+    median = medians(times)
+    rates = {name: ceilings.call("flops", name=name) / median[name] for name in products}
+    contenders = {name: times[name] for name in names if name in times}
+    asked = {
+        what: {name: crew.call(name, what) for name in contenders} for what in ("peak", "losses")
+    }
+    case = _case(
+        options, contenders, floor_rate=max(rates.values()), absent=crew.absent,
+        peaks={name: peak / 1e6 for name, peak in asked["peak"].items()},
+        figures={"first_step_seconds": dict(first_seconds), "first_and_last_loss": asked["losses"]},
+    )  # fmt: skip
+    named = {f"{name} GFLOP/s": rate / 1e9 for name, rate in rates.items()}
+    return {"cases": [case], "ceilings": named, "threads": ceilings.call("threads")}
+
+
+def _case(
+    options: argparse.Namespace,
+    times: Mapping[str, list[float]],
+    *,
+    floor_rate: float,
+    absent: Mapping[str, str],
+    peaks: dict[str, float],
+    figures: Mapping[str, Any],
+) -> Case:
     model_config, objective_config, _ = configs(options)
     flops = options.tokens * flops_per_token(model_config, objective_config)
-    graphed = median.get(GRAPHED, absent.pop(GRAPHED, None))
-    case = Case(
+    median = medians(times)
+    missing = {name: ABSENT + why for name, why in absent.items()}
+    graphed = median.get(GRAPHED, missing.pop(GRAPHED, None))
+    return Case(
         name=f"step {options.layers}x{options.hidden} aux {options.aux_layers}x{options.hidden} "
         f"vocabulary {options.vocab} tokens {options.tokens // options.seq}x{options.seq} "
         f"{options.precision} {options.device}",
-        ours=median["ours"],
-        peers={name: median[name] for name in workers if name not in (OURS, GRAPHED)} | absent,
-        floor_seconds=flops / max(rates.values()),
-        peak_mb=peaks.pop("ours"),
+        ours=median[OURS],
+        peers={name: median[name] for name in times if name not in (OURS, GRAPHED)} | missing,
+        floor_seconds=flops / floor_rate,
+        peak_mb=peaks.pop(OURS),
         peers_peak_mb=peaks,
-        spread={name: (min(times[name]), max(times[name])) for name in workers},
+        spread={name: (min(values), max(values)) for name, values in times.items()},
         figures={
-            "tokens_per_s": {name: options.tokens / median[name] for name in workers},
+            "tokens_per_s": {name: options.tokens / seconds for name, seconds in median.items()},
             "gflop": flops / 1e9,
             **({} if graphed is None else {"ours_graphed_seconds": graphed}),
-            **_utilisation(options, flops, {name: median[name] for name in workers}),
+            **_utilisation(options, flops, median),
             "masked": mask_count(options.tokens, objective_config.mask_fraction),
-            "first_step_seconds": first_seconds,
-            "first_and_last_loss": losses,
+            **figures,
             "peer_sampling": options.sampling,
             "ours_compiled": options.compile_ours,
             "rounds": options.steps,
         },
     )
-    return case, {f"{name} GFLOP/s": rate / 1e9 for name, rate in rates.items()}, threads
 
 
 def _utilisation(
@@ -373,11 +261,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.worker:
         work(options)
         return
-    case, ceilings, threads = measure(options, argv)
-    emit(
-        "step", [case], ceilings=ceilings, threads=threads, device=options.device,
-        output=options.output,
-    )  # fmt: skip
+    for measured in measure(options, argv):
+        if options.running_record:
+            print_record(record_of("step", **measured, device=options.device))
+    emit("step", **measured, device=options.device, output=options.output)
 
 
 if __name__ == "__main__":

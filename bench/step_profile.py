@@ -1,6 +1,6 @@
 """Where the time of our training step goes on the CPU, beside the floor of each part.
 
-    python bench/step_profile.py [--precision bf16] [the shape options of bench/step.py] [--output FILE]
+    python bench/step_profile.py [--precision bf16] [shape options of bench/step.py] [--output FILE]
 
 Steps run under torch's profiler; each operator's own time is booked to a part of the step, and a
 part's floor is its useful matrix products at the best rate that this run measured (as

@@ -26,6 +26,7 @@ def interleave(
     pause: float = 0.0,
     seconds: float = math.inf,
     clock: Callable[[], float] = time.perf_counter,
+    drop: Callable[[str, Exception], None] | None = None,
 ) -> dict[str, list[float]]:
     """Runs the contenders in turns, so that a slow moment of the machine meets all of them.
 
@@ -37,21 +38,30 @@ def interleave(
             after their work, on the cores that the next one needs.
         seconds: after which no further turn begins, once `LEAST_ROUNDS` are timed.
         clock: of ``seconds``.
+        drop: is told of a contender whose call failed, and why: it leaves the turns, with the times
+            that it has. The run ends with what ``drop`` raises, or with the failure if it is None.
 
     Returns:
-        ``rounds`` times (or fewer, see ``seconds``) by contender, in order.
+        ``rounds`` times (or fewer, see ``seconds``) by contender that stayed, in order.
     """
     end = clock() + seconds
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(warmup + rounds):
         if turn >= warmup + LEAST_ROUNDS and clock() > end:
             break
-        for name, contender in contenders.items():
+        for name in list(times):
             if pause:
                 time.sleep(pause)
-            seconds = contender()
+            try:
+                taken = contenders[name]()
+            except Exception as error:
+                if drop is None:
+                    raise
+                drop(name, error)
+                del times[name]
+                continue
             if turn >= warmup:
-                times[name].append(seconds)
+                times[name].append(taken)
     return times
 
 
@@ -180,6 +190,9 @@ class Work:
 
     bytes: float = 0.0
     flops: float = 0.0
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.bytes + other.bytes, self.flops + other.flops)
 
     def floor(self, bytes_per_s: float, flops_per_s: float) -> float:
         """Seconds: the slower of the two, as they can overlap."""

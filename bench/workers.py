@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 # A worker sees the very modules that its parent sees, wherever those came from.
@@ -93,6 +93,60 @@ class Worker:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class Crew:
+    """Workers of one module by their names; a context manager, whose end is theirs.
+
+    Args:
+        module, arguments: of each `Worker`.
+        needed: those without whom there is nothing to measure. Any other that fails leaves.
+    """
+
+    def __init__(self, module: str, arguments: Sequence[str] = (), needed: Sequence[str] = ()):
+        self.module, self.arguments, self.needed = module, arguments, needed
+        self.workers: dict[str, Worker] = {}
+        self.present: list[str] = []
+        self.absent: dict[str, str] = {}  # who has left since the last muster, and why
+
+    def muster(self, names: Iterable[str]) -> None:
+        """All of these take part, also those that have left before. New ones are started together,
+        so that they import their libraries at the same time."""
+        self.present, self.absent = list(names), {}
+        for name in self.present:
+            if name not in self.workers:
+                self.workers[name] = Worker(self.module, name, self.arguments)
+
+    def call(self, name: str, method: str, **arguments: Any) -> Any:
+        """As `Worker.call`."""
+        return self.workers[name].call(method, **arguments)
+
+    def attempt(self, name: str, method: str, **arguments: Any) -> Any:
+        """The same; None of one that failed and left."""
+        try:
+            return self.call(name, method, **arguments)
+        except WorkerError as error:
+            self.drop(name, error)
+            return None
+
+    def drop(self, name: str, error: Exception) -> None:
+        """Ends a worker that failed, and with it all the memory that it holds.
+
+        Raises:
+            error: it is not a worker's, or of one that is needed.
+        """
+        if not isinstance(error, WorkerError) or name in self.needed or name not in self.present:
+            raise error
+        self.workers.pop(name).close()
+        self.present = [other for other in self.present if other != name]
+        self.absent[name] = str(error)
+
+    def __enter__(self) -> "Crew":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self.workers.values():
+            worker.close()
 
 
 def serve(methods: Mapping[str, Callable[..., Any]]) -> None:

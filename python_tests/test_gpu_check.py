@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,8 +15,9 @@ import torch
 # Last, so that an installed metro_ext is found before the source tree.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from bench import gpu_cases, gpu_check
-from bench.gpu_check import FAILED, LEFT_OUT, PASSED, TIMED_OUT, Stage
+from bench import gpu_cases, gpu_check, gpu_stages, gpu_values
+from bench.gpu_check import FAILED, LEFT_OUT, PASSED, TIMED_OUT
+from bench.gpu_stages import Stage
 from metro_ext.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -25,7 +27,7 @@ def python(code: str) -> list[str]:
     return [sys.executable, "-c", code]
 
 
-def run(stage: Stage, folder: Path, seconds: float = 30.0) -> dict:
+def run(stage: Stage, folder: Path, seconds: float = 300.0) -> dict:
     return gpu_check.run_stage(stage, seconds, folder)
 
 
@@ -42,12 +44,12 @@ def test_without_a_gpu_it_says_so_and_ends_with_2(tmp_path):
 def test_a_failure_does_not_stop_the_later_stages(tmp_path, capsys):
     saved = []
     every = [
-        Stage("breaks", [python("import sys; print(sys.prefix); exit(3)"), python("0")], 30),
-        Stage("absent", [["metro-no-such-program"]], 30),
-        Stage("works", [python("print(1)"), python("print('{\"cases\": [1]}')")], 30,
-              gpu_check.benchmark),
+        Stage("breaks", [python("import sys; print(sys.prefix); exit(3)"), python("0")], 300),
+        Stage("absent", [["metro-no-such-program"]], 300),
+        Stage("works", [python("print(1)"), python("print('{\"cases\": [1]}')")], 300,
+              gpu_stages.benchmark),
     ]  # fmt: skip
-    results = gpu_check.run_stages(every, 60, tmp_path, lambda r: saved.append(len(r)))
+    results = gpu_check.run_stages(every, 600, tmp_path, lambda r: saved.append(len(r)))
     assert saved == [1, 2, 3]
     breaks, absent, works = results
     assert (breaks["status"], breaks["reason"]) == (FAILED, "ended with code 3")
@@ -73,24 +75,46 @@ def test_a_stage_that_takes_too_long_ends_with_its_children(tmp_path):
 
 
 def test_what_no_longer_fits_is_left_out(tmp_path):
+    """With less than half of its limit left; a shorter one that comes later is still run."""
     every = [Stage("slow", [python("import time; time.sleep(30)")], 1.2),
-             Stage("late", [python("0")], 30)]  # fmt: skip
-    slow, late = gpu_check.run_stages(every, 1.5, tmp_path, lambda r: None)
-    assert slow["status"] == TIMED_OUT
-    assert late["status"] == LEFT_OUT and "--seconds" in late["reason"]
+             Stage("long", [python("0")], 10**6), Stage("late", [python("0")], 300)]  # fmt: skip
+    slow, long, late = gpu_check.run_stages(every, 600, tmp_path, lambda r: None)
+    assert slow["status"] == TIMED_OUT and late["status"] == PASSED
+    assert long["status"] == LEFT_OUT and "of the 600 s of --seconds were left" in long["reason"]
+
+
+def test_what_a_stage_had_is_kept_when_it_is_cut_off(tmp_path):
+    """Of a benchmark and of checks; a last line that is only half there does not count."""
+    lines = [json.dumps({"script": "ops", "cases": [{"name": n} for n in names]})
+             for names in ("a", "ab")]  # fmt: skip
+    printed = tmp_path / "printed"
+
+    def cut_off(text: str, read) -> dict:
+        printed.write_text(text)
+        command = ["sh", "-c", f"cat {printed}; exec sleep 600"]
+        result = run(Stage("x", [command], 600, read), tmp_path, seconds=2.0)
+        assert result["status"] == TIMED_OUT
+        return result
+
+    result = cut_off("\n".join([*lines, lines[1][:20]]), gpu_stages.benchmark)
+    assert [case["name"] for case in result["record"]["cases"]] == ["a", "b"]
+    result = cut_off('{"checks": {"a": "ok"}}\n', gpu_stages.checks)
+    assert (result["held"], result["wrong"]) == (1, {})
+    assert "held" not in cut_off("", gpu_stages.checks)
 
 
 def test_stages_are_chosen_by_name_and_keep_their_order(tmp_path):
-    every = gpu_check.stages((9, 0), tmp_path, full=False)
-    assert gpu_check.choose(every, []) == every
-    names = [stage.name for stage in gpu_check.choose(every, ["racecheck", "ops", "build"])]
-    assert names[0] == "build" and "racecheck" in names and "step" not in names
+    every = gpu_stages.stages((9, 0), tmp_path, full=False)
+    assert gpu_stages.choose(every, []) == every
+    names = [s.name for s in gpu_stages.choose(every, ["sanitizers", "ops", "build"])]
+    assert names[0] == "build" and "step" not in names
+    assert [name for name in names if name.endswith("check")] == list(gpu_stages.TOOLS)
     ops = [name for name in names if name.startswith("ops:")]
-    assert ops == [f"ops:{family}" for family in gpu_check.FAMILIES]
-    (one,) = gpu_check.choose(every, ["ops:gelu"])
+    assert sorted(ops) == sorted(f"ops:{family}" for family in gpu_stages.FAMILIES)
+    (one,) = gpu_stages.choose(every, ["ops:gelu"])
     assert "gelu" in one.commands[0]
-    with pytest.raises(UserError, match="there is no 'memchek'; choose from ops, build"):
-        gpu_check.choose(every, ["memchek"])
+    with pytest.raises(UserError, match="there is no 'memchek'; choose from ops, sanitizers, bui"):
+        gpu_stages.choose(every, ["memchek"])
     with pytest.raises(UserError, match="--seconds must be positive, found 0"):
         gpu_check.parse(["--seconds", "0"])
 
@@ -102,28 +126,59 @@ def test_the_commands_are_ones_that_the_scripts_know(tmp_path, full, monkeypatch
 
     parsers = {"bench/ops.py": ops.parse, "bench/step.py": step.parse}
     parsed = 0
-    for stage in gpu_check.stages((8, 0), tmp_path, full):
+    for stage in gpu_stages.stages((8, 0), tmp_path, full):
         _, script, *words = stage.commands[-1]
         if script in parsers:
             options = parsers[script](words)
-            assert options.device == "cuda"
+            assert options.device == "cuda" and options.running_record
             if script == "bench/step.py":
                 assert step.peer_names(options)
             parsed += 1
-    assert parsed == 1 + len(gpu_check.FAMILIES)
+    assert parsed == 1 + len(gpu_stages.FAMILIES)
+
+
+def test_the_document_has_the_limits_of_the_stages(tmp_path):
+    text = (REPOSITORY / "bench" / "gpu_check.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([\w:, ]+) \| (\d+)(?: each)? \|", text, re.MULTILINE)
+    limits = {}
+    for names, seconds in rows:
+        first, *others = names.split(", ")
+        group = first.split(":")[0] + ":" if ":" in first else ""
+        limits |= {name: float(seconds) for name in (first, *(group + n for n in others))}
+    every = gpu_stages.stages((9, 0), tmp_path, full=False)
+    assert limits == {stage.name: stage.seconds for stage in every}
+    assert sum(limits.values()) <= 1800
+    commands = re.findall(r"^python bench/gpu_check.py (.*)$", text, re.MULTILINE)
+    assert len(commands) >= 5
+    for command in commands:
+        options = gpu_check.parse(command.split())
+        assert options.seconds == 540
+        gpu_stages.choose(every, options.stages)
+
+
+def test_tests_run_side_by_side_where_pytest_can(tmp_path, monkeypatch):
+    def command() -> list[str]:
+        (stage,) = gpu_stages.choose(gpu_stages.stages((9, 0), tmp_path, False), ["tests"])
+        return stage.commands[0]
+
+    found = {"xdist": object()}
+    monkeypatch.setattr(gpu_stages.importlib.util, "find_spec", found.get)
+    assert command()[command().index("-n") + 1] == str(gpu_stages.TEST_WORKERS)
+    found.clear()
+    assert "-n" not in command()
 
 
 def test_build_is_for_this_gpu_where_machine_code_is_shipped():
-    assert "-DMETRO_CUDA_ARCHITECTURES=90a-real" in gpu_check.build_commands((9, 0))[0]
-    assert not any("ARCHITECTURES" in word for word in gpu_check.build_commands((12, 0))[0])
+    assert "-DMETRO_CUDA_ARCHITECTURES=90a-real" in gpu_stages.build_commands((9, 0))[0]
+    assert not any("ARCHITECTURES" in word for word in gpu_stages.build_commands((12, 0))[0])
 
 
 @pytest.mark.parametrize(
     "read, output, reason",
     [
-        (gpu_check.checks, '{"checks": {}}', "no check was made"),
-        (gpu_check.sanitizer, '{"checks": {"a": "ok"}}', "printed no summary"),
-        (gpu_check.benchmark, "Traceback", "no case was measured"),
+        (gpu_stages.checks, '{"checks": {}}', "no check was made"),
+        (gpu_stages.sanitizer, '{"checks": {"a": "ok"}}', "printed no summary"),
+        (gpu_stages.benchmark, "Traceback", "no case was measured"),
     ],
 )
 def test_a_stage_that_checked_nothing_has_not_passed(tmp_path, read, output, reason):
@@ -134,7 +189,8 @@ def test_a_stage_that_checked_nothing_has_not_passed(tmp_path, read, output, rea
 def test_the_sanitizer_s_output_is_read(tmp_path):
     lines = '========= COMPUTE-SANITIZER\\n{"checks": {"a": "ok", "b": "bad"}}\\n'
     lines += "========= ERROR SUMMARY: 2 errors"
-    stage = Stage("m", [python(f"print('{lines}'); raise SystemExit(86)")], 30, gpu_check.sanitizer)
+    code = f"print('{lines}'); raise SystemExit(86)"
+    stage = Stage("m", [python(code)], 30, gpu_stages.sanitizer)
     result = run(stage, tmp_path)
     assert result["status"] == FAILED and result["reason"] == "the sanitizer found errors"
     assert result["summary"] == "ERROR SUMMARY: 2 errors"
@@ -151,19 +207,53 @@ def test_tests_are_counted(tmp_path):
     )
     command = [sys.executable, "-m", "pytest", "-c", "/dev/null", "-p", "no:cacheprovider",
                f"--junitxml={report}", str(source)]  # fmt: skip
-    result = run(Stage("t", [command], 30, lambda _: gpu_check.test_counts(report)), tmp_path)
+    result = run(Stage("t", [command], 30, lambda _: gpu_stages.test_counts(report)), tmp_path)
     assert result["status"] == FAILED  # pytest's own exit code
     assert (result["passed"], result["failed"], result["skipped"]) == (1, ["test_it::test_bad"], 1)
     report.write_text("<testsuites><testsuite/></testsuites>")
     with pytest.raises(ValueError, match="no test ran"):
-        gpu_check.test_counts(report)
+        gpu_stages.test_counts(report)
 
 
-@pytest.mark.parametrize("what", ["equality", "repeats", "once"])
+@pytest.mark.parametrize("what", ["equality", "repeats", "values", "once"])
 def test_every_case_runs_on_the_cpu(what, capsys):
-    assert gpu_cases.main([what, "--device", "cpu"]) == 0
-    record = gpu_check.checks(capsys.readouterr().out)
-    assert record["held"] >= 5 and not record["wrong"]
+    assert gpu_cases.main([what, "--device", "cpu", "--running-record"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    record = gpu_stages.checks(lines[-1])
+    assert record["held"] >= 4 and not record["wrong"]
+    running = [gpu_stages.checks(line)["held"] for line in lines[:-1]]
+    assert running == list(range(1, record["held"] + 1))  # a line after each check
+
+
+def test_every_operator_is_run_on_both_paths_of_its_kernel():
+    names = [name for name, _ in gpu_cases.cases("cpu")]
+    for label in ("layer_norm 97", "layer_norm 768", "bias_gelu 97", "bias_gelu 768", "rtd_head 97",
+                  "rtd_head 768", "vocab_head 1031", "vocab_head 17408"):  # fmt: skip
+        assert {f"{label} fp32", f"{label} bf16"} <= set(names)
+
+
+def test_a_wrong_value_of_the_chunked_head_is_seen(monkeypatch):
+    right = gpu_values.reference(*gpu_values._inputs(torch.float32, "cpu"))
+    assert set(right) == {"nll", "lse", *(f"gradient of {n}" for n in ("hidden", "weight", "bias"))}
+    assert gpu_values.difference(right, right, 1e-9) == "ok"
+    for name, value in right.items():
+        wrong = value.clone()
+        wrong[-1] = torch.nan
+        assert gpu_values.difference(right | {name: wrong}, right, 0.5).startswith(f"{name}: rel")
+    ours = gpu_values.vocab_head
+    calls = iter((0, 1))  # the device's seed differs from the CPU's
+    monkeypatch.setattr(
+        gpu_values, "vocab_head", lambda *given: ours(*given[:-1], given[-1] + next(calls))
+    )
+    assert "differ between cpu and cpu" in gpu_values._compare_samples(torch.float32, "cpu")
+
+
+def test_the_chunked_head_takes_more_than_one_chunk_on_either_device():
+    """The constants of csrc/vocab_head/vocab_head_op.cpp."""
+    source = (REPOSITORY / "csrc" / "vocab_head" / "vocab_head_op.cpp").read_text()
+    for device, name in (("cpu", "kChunkElements"), ("cuda", "kCudaChunkElements")):
+        (factor, shift) = re.search(rf" {name} = int64_t{{(\d+)}} << (\d+);", source).groups()
+        assert gpu_values.ROWS[device] * gpu_values.VOCAB > int(factor) << int(shift)
 
 
 def test_a_difference_is_seen(monkeypatch, capsys):
@@ -171,11 +261,11 @@ def test_a_difference_is_seen(monkeypatch, capsys):
     calls = iter(range(10**6))
     monkeypatch.setattr(gpu_cases, "_key", lambda device: torch.tensor(next(calls)))
     assert gpu_cases.main(["equality", "--device", "cpu"]) == 1
-    wrong = gpu_check.checks(capsys.readouterr().out)["wrong"]
+    wrong = gpu_stages.checks(capsys.readouterr().out)["wrong"]
     assert set(wrong) == set(gpu_cases.DRAWS)
     assert gpu_cases.main(["repeats", "--device", "cpu"]) == 1
-    wrong = gpu_check.checks(capsys.readouterr().out)["wrong"]
-    assert "layer_norm 768 bf16" in wrong and "bias_gelu bf16" not in wrong
+    wrong = gpu_stages.checks(capsys.readouterr().out)["wrong"]
+    assert "layer_norm 768 bf16" in wrong and "bias_gelu 768 bf16" not in wrong
 
 
 def test_a_broken_operator_does_not_hide_the_others(monkeypatch, capsys):
@@ -184,18 +274,22 @@ def test_a_broken_operator_does_not_hide_the_others(monkeypatch, capsys):
 
     monkeypatch.setattr(gpu_cases, "_loss", broken)
     assert gpu_cases.main(["once", "--device", "cpu"]) == 1
-    record = gpu_check.checks(capsys.readouterr().out)
+    record = gpu_stages.checks(capsys.readouterr().out)
     assert record["wrong"] == {"pretrain_loss": "RuntimeError: launch failed"}
     assert record["held"] > 20
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_the_record_is_written_though_a_stage_fails(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def some_gpu(tmp_path, monkeypatch):
     """As on a machine whose GPU is there for this process and lost to the stage's."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU (80 GB)")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(gpu_check, "RESULTS", tmp_path)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_the_record_is_written_though_a_stage_fails(tmp_path, some_gpu, capsys):
     assert gpu_check.main(["--stages", "equality"]) == 1
     record = json.loads((tmp_path / "gpu_check-some-gpu-80-gb.json").read_text())
     assert record["device"] == "Some GPU (80 GB)" and record["torch"] == torch.__version__
@@ -205,15 +299,16 @@ def test_the_record_is_written_though_a_stage_fails(tmp_path, monkeypatch, capsy
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert line["commit"] == record["commit"] and line["machine"]["torch"] == torch.__version__
     assert line["stages"] == {"equality": FAILED} and line["cases"] == []
+    assert all(target["found"] is target["met"] is None for target in record["targets"])
 
 
 def test_the_last_line_has_the_cases_of_all_stages():
-    results = [
+    stages = [
         {"name": "build", "status": PASSED},
         {"name": "step", "status": PASSED, "record": {"cases": [{"name": "a", "ours": 1.0}]}},
         {"name": "ops:gelu", "status": PASSED, "record": {"cases": [{"name": "b", "ours": 2.0}]}},
     ]
-    line = json.loads(gpu_check.last_line({"script": "gpu_check"}, results))
+    line = json.loads(gpu_check.last_line({"script": "gpu_check", "stages": stages}))
     assert line["script"] == "gpu_check"
     assert [case["name"] for case in line["cases"]] == ["a", "b"]
 
@@ -233,4 +328,4 @@ def test_it_begins_before_the_extension_is_built(tmp_path):
 def test_its_families_are_those_of_the_cases():
     from bench.cases import FAMILIES
 
-    assert tuple(FAMILIES) == gpu_check.FAMILIES
+    assert tuple(FAMILIES) == gpu_stages.FAMILIES

@@ -54,8 +54,11 @@ def gpu_check() -> dict:
          "record": ops(operator("attention x", "attention", 90.0), device="cuda")},
         {"name": "step", "status": "passed", "seconds": 1, "record": step("cuda")},
     ]  # fmt: skip
-    return {"script": "gpu_check", "date": "2026-01-02T03:04:05+00:00", "commit": "abc",
-            "device": "Some GPU", "torch": "2.13.0", "cuda": "13.0", "stages": stages}  # fmt: skip
+    targets = [{"what": "step, tokens/s", "bound": ">= 470000", "found": 512345.0, "met": True},
+               {"what": "attention", "bound": ">= 300", "found": None, "met": None}]  # fmt: skip
+    return {"script": "gpu_check", "date": "2026-01-02T03:04:05+00:00", "commit": "abcdef",
+            "device": "Some GPU", "torch": "2.13.0", "cuda": "13.0", "stages": stages,
+            "targets": targets}  # fmt: skip
 
 
 def page(folder: Path, **records: dict) -> str:
@@ -110,6 +113,10 @@ def test_a_gpu_check_fills_every_section(tmp_path):
     assert row(text, "compiled")[1] == "absent: no compiler"
     assert row(text, "equality") == ["equality", "passed", "3", "5 held"]
     assert row(text, "memcheck")[3] == "it broke; 1 held; not: bias_gelu bf16"
+    assert row(text, "step, tokens/s")[1:] == [">= 470000", "512,345", "met"]
+    assert row(text, "attention")[1:] == [">= 300", "", "not measured"]
+    # The commit of the check is that of its benchmarks, which may not have known theirs.
+    assert text.count("commit abcdef") == 3 and "commit abc," not in text
 
 
 def test_static_evidence_is_a_row_a_kernel(tmp_path):

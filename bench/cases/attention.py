@@ -67,7 +67,8 @@ def _case(device: str, shape: tuple[int, int, int, int], p: float) -> OpCase:
         contenders=contenders,
         # q, k, v in, out; then those four and its gradient in, three gradients out.
         forward=lambda itemsize: Work(4 * element * itemsize, matrix),
-        both=lambda itemsize: Work(12 * element * itemsize, 3 * matrix),
+        backward=lambda itemsize: Work(8 * element * itemsize, 2 * matrix),
+        recomputed=matrix / 2,  # the scores
     )
 
 

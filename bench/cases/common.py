@@ -12,6 +12,7 @@ from bench.timing import Work
 Inputs = dict[str, Tensor]
 Function = Callable[..., Tensor | tuple]
 ALL_DTYPES = ("bf16", "fp32")
+FORWARD, BACKWARD, BOTH = MODES = ("forward", "backward", "forward + backward")
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,11 @@ class OpCase:
     activations: the input whose dtype is the case's.
     gradients: inputs that get a gradient; none: there is no backward pass to time.
     contenders: by name; "ours" is one of them.
-    forward, both: bytes an element -> the least work of the forward pass, and of both together.
+    forward, backward: bytes an element -> the least work of each pass. The forward pass is that of
+        a training step: it writes what its backward pass cannot do without.
+    recomputed: FLOPs of products that a backward pass in O(T) memory has to do again. They are no
+        part of ``backward``, but of the rates that are published for flash attention.
+    gradients_ahead: the gradients come from the forward pass; there is no backward pass to time.
     """
 
     family: str
@@ -50,9 +55,25 @@ class OpCase:
     activations: str
     contenders: Mapping[str, Contender]
     forward: Callable[[int], Work]
-    both: Callable[[int], Work] | None = None
+    backward: Callable[[int], Work] | None = None
     gradients: tuple[str, ...] = ()
     dtypes: tuple[str, ...] = field(default=ALL_DTYPES)
+    recomputed: float = 0.0
+    gradients_ahead: bool = False
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """Those that can be timed."""
+        if self.backward is None:
+            return (FORWARD,)
+        return (FORWARD, BOTH) if self.gradients_ahead else MODES
+
+    def work(self, mode: str, itemsize: int) -> Work:
+        """The least work of a mode."""
+        if mode == FORWARD:
+            return self.forward(itemsize)
+        backward = self.backward(itemsize)
+        return backward if mode == BACKWARD else self.forward(itemsize) + backward
 
 
 def compiled(function: Function) -> Callable[[], Function]:

@@ -15,6 +15,7 @@ SHAPES = {"cpu": ((4096, 768),), "cuda": ((4096, 768), (32768, 768))}
 STEP_SHAPES = {"cpu": ((4096, 256), (2048, 768)), "cuda": ()}
 SMALL_SHAPES = ((64, 32),)
 DROPOUT, EPS = 0.1, 1e-5
+FLOAT32 = 4  # bytes
 
 
 def cases(device: str, small: bool) -> list[OpCase]:
@@ -57,9 +58,13 @@ def _case(rows: int, hidden: int, with_bias: bool, p: float) -> OpCase:
         x = F.dropout(x, p) if p else x
         return F.layer_norm(residual + x, (hidden,), weight, shift, EPS)
 
-    # Backward can start from `out`: it and its gradient in, the gradient of the sum out, and under
-    # dropout that of x, which is another.
-    backward = 4 if p else 3
+    # Forward: x and residual in, out and the sum of the two out. Backward needs the sum, or what it
+    # can be computed from: not `out`, from which a weight of zero brings nothing back.
+    # Backward: the sum and the gradient of out in, the gradient of the sum out, and under dropout
+    # that of x, which is another.
+    forward, backward = 4, 4 if p else 3
+    statistics = 2 * rows * FLOAT32  # mean and reciprocal deviation, written and read again
+    vectors = (3 if with_bias else 2) * hidden * FLOAT32  # weight, shift, bias; their gradients
     return OpCase(
         family="layer_norm",
         name=f"layer_norm {rows}x{hidden} {variant}",
@@ -70,6 +75,8 @@ def _case(rows: int, hidden: int, with_bias: bool, p: float) -> OpCase:
             "ours": Contender(lambda: partial(layer_norm, p=p, eps=EPS)),
             **torch_peers(eager),
         },
-        forward=lambda itemsize: Work(3 * elements * itemsize),
-        both=lambda itemsize: Work((3 + backward) * elements * itemsize),
+        forward=lambda itemsize: Work(forward * elements * itemsize + statistics + vectors),
+        backward=lambda itemsize: Work(
+            backward * elements * itemsize + statistics + vectors + hidden * FLOAT32
+        ),
     )

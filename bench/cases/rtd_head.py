@@ -45,5 +45,5 @@ def _case(tokens: int, hidden: int) -> OpCase:
         contenders={"ours": Contender(lambda: rtd_head), **torch_peers(eager)},
         # hidden in; then hidden in again and its gradient out.
         forward=lambda itemsize: Work(tokens * hidden * itemsize),
-        both=lambda itemsize: Work(3 * tokens * hidden * itemsize),
+        backward=lambda itemsize: Work(2 * tokens * hidden * itemsize),
     )
