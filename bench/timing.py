@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from metro_ext.hardware import peak_memory, status_bytes
 from metro_ext.ops import linear
 
 COPY_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
@@ -115,33 +116,6 @@ class Stopwatch:
         return start.elapsed_time(end) / 1e3
 
 
-def _status_bytes(key: str) -> int | None:
-    try:
-        with open("/proc/self/status") as file:
-            for line in file:
-                if line.startswith(key + ":"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return None
-
-
-def peak_memory(device: torch.device) -> int:
-    """Peak bytes of this process: what torch allocated on CUDA, resident memory on the CPU.
-
-    The kernel's VmHWM and not ``ru_maxrss``: the latter survives exec, so that a small process
-    started by a large one would report its parent's peak.
-    """
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = _status_bytes("VmHWM")
-    if peak is None:
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return peak
-
-
 def start_peak(device: torch.device) -> int | None:
     """Begins a new peak and returns the bytes now held; None where the system cannot."""
     gc.collect()
@@ -156,7 +130,7 @@ def start_peak(device: torch.device) -> int | None:
             file.write("5")
     except (OSError, AttributeError):
         return None
-    return _status_bytes("VmRSS")
+    return status_bytes("VmRSS")
 
 
 def peak_of_call(device: torch.device, function: Callable[[], object]) -> int | None:

@@ -49,6 +49,34 @@ def measured_flops(device: torch.device, dtype: torch.dtype, size: int = 1024) -
     return 2 * size**3 / fastest
 
 
+def status_bytes(key: str) -> int | None:
+    """Bytes by a key of Linux's /proc/self/status ("VmRSS"); None where there is none."""
+    try:
+        with open("/proc/self/status") as file:
+            for line in file:
+                if line.startswith(key + ":"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak bytes of this process: what torch allocated on CUDA, resident memory on the CPU.
+
+    The kernel's VmHWM and not ``ru_maxrss``: the latter survives exec, so that a small process
+    started by a large one would report its parent's peak.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = status_bytes("VmHWM")
+    if peak is None:
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak
+
+
 def choose_device(name: str, local_rank: int = 0, option: str = "--run.device") -> torch.device:
     """``auto`` takes CUDA where torch has it and this build has kernels for it."""
     if name == "cuda" and not torch.cuda.is_available():

@@ -6,8 +6,9 @@ Files in the run's folder, one JSON object a line:
   that a resumed run's file is byte for byte that of the unbroken run.
 - `evaluation.jsonl`: metrics on held-out text, likewise.
 - `timing.jsonl`: tokens_per_s, mfu (share of the peak FLOP/s, null where the peak is unknown),
-  seconds (of the interval, without evaluations and checkpoints) and data_wait (the share of them
-  that the loop stood still for a batch).
+  seconds (of the interval, without evaluations and checkpoints), data_wait (the share of them
+  that the loop stood still for a batch) and peak_mb (most memory so far, in MB of 10^6 bytes: of
+  the process on a CPU, of torch's tensors on a GPU; of a resumed run since it was resumed).
 
 Numbers are written so that they read back as the same bits; a metric that the objective does not
 have is null; NaN and infinity, which JSON lacks, are the strings float() reads.
@@ -49,6 +50,7 @@ class Monitor:
     resumed_tokens: tokens seen up to resumed_step.
     checksums: what `sync` returned at resumed_step; records that differ are warned of.
     flops_per_token, peak_flops: FLOPs a token costs, FLOP/s the hardware can do, for the MFU.
+    peak_memory: gives the most bytes that were held so far; None: peak_mb is null.
     boards: told every number too, and closed with the monitor (`metro_ext.boards`).
     stream: where progress is shown, by default the standard output at the time of the call: as a
         panel on a terminal where rich is installed, else in lines.
@@ -67,6 +69,7 @@ class Monitor:
         checksums: Mapping[str, str] = MappingProxyType({}),
         flops_per_token: float | None = None,
         peak_flops: float | None = None,
+        peak_memory: Callable[[], int] | None = None,
         boards: Sequence[Board] = (),
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.perf_counter,
@@ -75,7 +78,7 @@ class Monitor:
         self._step = resumed_step
         self._tokens: float = resumed_tokens
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
-        self._clock = clock
+        self._peak_memory, self._clock = peak_memory, clock
         self._boards = list(boards)
         self._records = {
             name: _Records(Path(run_dir) / name, resumed_step)
@@ -114,6 +117,7 @@ class Monitor:
             "mfu": mfu,
             "seconds": seconds,
             "data_wait": self._waited / seconds,
+            "peak_mb": self._peak_memory() / 1e6 if self._peak_memory else None,
         }
         self._waited = 0.0
         self._records[METRICS_FILE].append(step, values)

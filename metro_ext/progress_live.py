@@ -193,6 +193,8 @@ class Panelled:
             f"waiting for data {percent(wait)}",
             f"learning rate {scientific(self._now.get('lr'))}",
         ]
+        if (peak := self._timing.get("peak_mb")) is not None:
+            parts.append(f"memory {peak:,.0f} MB")
         if skipped := self._now.get("skipped_steps"):
             parts.append(f"[bold red]skipped steps {skipped:g}[/]")
         return Text.from_markup("   ".join(parts), style="dim")

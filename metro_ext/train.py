@@ -8,6 +8,7 @@ micro-batches of a step (``run.accumulation``) among N processes; the update sta
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import signal
 import sys
@@ -31,7 +32,7 @@ from metro_ext.distributed import (
 )
 from metro_ext.errors import UserError
 from metro_ext.guards import StopRequest
-from metro_ext.hardware import keep_freed_memory, peak_flops
+from metro_ext.hardware import keep_freed_memory, peak_flops, peak_memory
 from metro_ext.monitor import Monitor, Silent
 from metro_ext.plot import plot_run
 from metro_ext.prepare import prepare
@@ -94,6 +95,7 @@ def _records(trainer: Trainer) -> Monitor:
         checksums=trainer.records,
         flops_per_token=flops_per_token(config.model, config.objective),
         peak_flops=peak_flops(trainer.device, trainer.dtype) * trainer.world.size,
+        peak_memory=functools.partial(peak_memory, trainer.device),
         boards=open_boards(config.run, folder, trainer.step, to_dict(config)),
     )
 

@@ -61,6 +61,7 @@ def test_records_hold_the_keys_and_the_bits(tmp_path):
 
 def test_timing_is_kept_apart(tmp_path):
     clock, options = Clock(), {"flops_per_token": 2e6, "peak_flops": 1e10}
+    options["peak_memory"] = iter([3_000_000, 5_500_000]).__next__
     with Monitor(tmp_path, 40, stream=(out := io.StringIO()), clock=clock, **options) as log:
         clock.now += 1.5
         with log.waiting_for_data():
@@ -73,9 +74,11 @@ def test_timing_is_kept_apart(tmp_path):
     first, second = read_records(tmp_path / "timing.jsonl")
     assert first == {
         "step": 10, "tokens_per_s": 500.0, "mfu": 0.1, "seconds": 2.0, "data_wait": 0.25,
+        "peak_mb": 3.0,
     }  # fmt: skip
     assert second == {
         "step": 20, "tokens_per_s": 1000.0, "mfu": 0.2, "seconds": 4.0, "data_wait": 0.0,
+        "peak_mb": 5.5,
     }  # fmt: skip
     assert not {"mfu", "seconds", "tokens_per_s"} & set(read_records(tmp_path / "metrics.jsonl")[0])
     lines = out.getvalue().splitlines()

@@ -22,7 +22,8 @@ from metro_ext.progress_live import CURVE_POINTS, Curve, Panelled
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")
 VALUES = {"loss": 31.25, "mlm_loss": 5.5, "rtd_loss": None, "lr": 1e-3, "rtd_accuracy": 0.861}
-TIMING = {"tokens_per_s": 20_480.0, "mfu": None, "seconds": 2.0, "data_wait": 0.01}
+TIMING = {"tokens_per_s": 20_480.0, "mfu": None, "seconds": 2.0, "data_wait": 0.01,
+          "peak_mb": 1234.5}  # fmt: skip
 
 
 def on_a_terminal(words: list[str], columns: int, code: str = "xterm-256color") -> tuple[int, str]:

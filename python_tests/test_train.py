@@ -52,6 +52,7 @@ def test_records_and_files(finished):
     assert records[-1]["tokens"] == 20 * 256
     timing = [json.loads(line) for line in (finished / "timing.jsonl").read_text().splitlines()]
     assert all({"tokens_per_s", "mfu", "seconds", "data_wait"} <= r.keys() for r in timing)
+    assert all(50 < r["peak_mb"] < 10_000 for r in timing)
     held_out = [
         json.loads(line) for line in (finished / "evaluation.jsonl").read_text().splitlines()
     ]

@@ -109,6 +109,7 @@ PANELS = (
         logarithmic=True,
     ),
     Panel("Throughput", "tokens a second", (Series(TIMING_FILE, "tokens_per_s", "training"),)),
+    Panel("Memory, most so far", "MB", (Series(TIMING_FILE, "peak_mb", "training"),)),
     Panel("Waiting for data", "% of the time", (Series(TIMING_FILE, "data_wait", "training"),)),
     Panel(
         "Sampling temperature",
