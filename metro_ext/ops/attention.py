@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from metro_ext import _C  # noqa: F401  (registers torch.ops.metro)
@@ -85,7 +86,9 @@ def relative_bias(table: Tensor, max_seqlen: int, max_distance: int) -> Tensor:
         )
     relative = torch.arange(1 - max_seqlen, max_seqlen, device=table.device)
     buckets = _relative_position_bucket(relative, table.shape[0], max_distance)
-    return table[buckets].t().contiguous()
+    # Not table[buckets]: far distances share a bucket, and the gradient of indexing would add their
+    # hundreds of rows one after the other on CUDA.
+    return F.embedding(buckets, table).t().contiguous()
 
 
 def _relative_position_bucket(relative: Tensor, buckets: int, max_distance: int) -> Tensor:
