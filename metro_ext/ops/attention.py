@@ -43,11 +43,14 @@ def attention(
     Returns:
         [T, heads, d] like ``qkv``.
 
-    All gradients are deterministic; that of ``bias`` is summed over the sequences in float32.
+    All gradients are deterministic; that of ``bias`` is summed over the sequences in float32, on
+    CUDA in at most 255 · heads · (2 L − 1) partial sums.
 
     Raises:
-        RuntimeError: an argument is not as above. Sequence boundaries are checked on the CPU only,
-            since reading them on CUDA would wait for the device.
+        RuntimeError: an argument is not as above, or a head is too large for the shared memory of a
+            CUDA device (float32 beyond 96 columns, backward beyond 64, where a block has 99 KB).
+            Sequence boundaries are checked on the CPU only, since reading them on CUDA would wait
+            for the device.
     """
     return torch.ops.metro.attention(qkv, cu_seqlens, bias, max_seqlen, seed, p, draw)[0]
 
