@@ -5,7 +5,7 @@ import pytest
 import reference
 import torch
 from emulation import EmulationError, emulated
-from op_checks import assert_close
+from op_checks import assert_close, relative_error
 
 from metro_ext.ops import attention as cpu_attention
 
@@ -50,11 +50,11 @@ class Case:
         )
         return done["out"], done["lse"]
 
-    def backward(self, grad_out, out, lse, **options):
+    def backward(self, grad_out, out, lse, bias_rows=2, **options):
+        """``bias_rows``: of partial sums, fewer than there are query tiles in most cases."""
         tokens, _, heads, _ = self.qkv.shape
-        slots = tokens // 64 + len(self.lengths)  # attention_slots, attention_slot_width
-        width = ((self.max_seqlen + 63) // 64 + 1) * 64
         with_bias = self.bias is not None
+        bias_rows = bias_rows if tokens and with_bias else 0
         done = emulated("attention").run(
             "attention_backward",
             written=("grad_qkv", "grad_bias", "bias_partials", "delta"),
@@ -63,7 +63,8 @@ class Case:
             grad_out=grad_out,
             grad_qkv=torch.empty_like(self.qkv),
             grad_bias=torch.empty_like(self.bias) if with_bias else None,
-            bias_partials=torch.empty(heads, slots, width) if with_bias else None,
+            bias_partials=torch.empty(bias_rows, *self.bias.shape) if with_bias else None,
+            bias_rows=bias_rows,
             delta=torch.empty(heads, tokens),
         )
         return [done["grad_qkv"], *([done["grad_bias"]] if with_bias else [])]
@@ -117,11 +118,103 @@ def test_no_tokens(dtype, lengths):
 
 
 def test_a_grid_too_large_is_refused():
-    """2^24 tiles of 256 sequences are 2^32 blocks, which 32 bits would hold as none."""
-    case = Case([1] * 256, 1, 32, torch.float32, False, 0.0)
-    case.max_seqlen = 2**30
     with pytest.raises(EmulationError):
-        case.forward()
+        Case([1], 65536, 8, torch.float32, False, 0.0).forward()
+
+
+def test_blocks_take_turns():
+    """Many short sequences are more tiles than there are blocks, and far more than rows of sums."""
+    lengths = [3] * 12 + [0, 130, 0, 1, 65] + [2] * 9 + [0] * 40
+    case = Case(lengths, 2, 32, torch.bfloat16, True, 0.1)
+    inputs = case.inputs()
+    out, lse = case.forward()
+    expected, expected_lse = case.expected(*inputs)
+    assert_close(out, expected, torch.bfloat16, "output")
+    assert_close(lse, expected_lse, torch.bfloat16, "lse")
+    grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(7)).bfloat16()
+    grads = case.backward(grad_out, out, lse, bias_rows=3)
+    expected_grads = torch.autograd.grad(expected, inputs, grad_out.double())
+    for a, b, name in zip(grads, expected_grads, ("qkv", "bias"), strict=True):
+        assert_close(a, b, torch.bfloat16, name)
+
+
+def test_one_of_a_thousand_sequences_is_found():
+    """Where the search for a tile's sequence goes several rounds."""
+    lengths = [0] * 1100
+    for index in (0, 31, 32, 33, 500, 1023, 1024, 1099):
+        lengths[index] = index % 7 + 1
+    case = Case(lengths, 1, 32, torch.float32, True, 0.0)
+    out, _ = case.forward()
+    assert_close(out, case.expected(*case.inputs())[0], torch.float32, "output")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_fits_where_a_block_has_less_shared_memory(dtype):
+    """With 99 KB the next tiles are not copied ahead: the same sums, and so the same bits."""
+    case = Case([130, 7], 1, 128, dtype, True, 0.1)
+    out, lse = case.forward(shared_bytes=99 << 10)
+    less = case.backward(out, out, lse, shared_bytes=99 << 10)
+    for a, b in zip(less, case.backward(out, out, lse), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
+def test_tells_how_much_shared_memory_it_needs(head_dim, dtype):
+    case = Case([3], 1, head_dim, dtype, False, 0.0)
+    out, lse = case.forward()
+
+    def backward(**options):
+        case.backward(out, out, lse, **options)
+
+    told = (
+        emulated("attention")
+        .run(
+            "attention_shared_memory",
+            shared_bytes=99 << 10,
+            bytes=torch.zeros(2, 2, dtype=torch.int64),
+            **case.arguments(),
+        )["bytes"]
+        .tolist()
+    )
+    for (needed, available), call in zip(told, (case.forward, backward), strict=True):
+        assert available == 99 << 10
+        assert needed <= available or (dtype == torch.float32 and head_dim >= 96)
+        call(shared_bytes=needed)
+        if needed > 48 << 10:  # else no launch asks
+            with pytest.raises(EmulationError, match="CUDA error"):
+                call(shared_bytes=needed - 1)
+
+
+def test_float32_of_long_sequences():
+    """Sums that tensor cores cut off are kept short: no worse than twice torch's float32, or 6e-7.
+
+    Long ones would lose 1e-8 a key, 4e-6 here.
+    """
+    case = Case([512], 1, 32, torch.float32, True, 0.0)
+    case.qkv[:, 2] += 1  # sums that grow steadily
+    inputs = case.inputs()
+    out, lse = case.forward()
+    expected, _ = case.expected(*inputs)
+    single = [t.float().detach().requires_grad_() for t in inputs]
+    torch_out = _in_torch(*single, case.max_seqlen)
+    grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(7)) + 1
+    grads = case.backward(grad_out, out, lse)
+    expected_grads = torch.autograd.grad(expected, inputs, grad_out.double())
+    torch_grads = torch.autograd.grad(torch_out, single, grad_out)
+    ours, theirs = [out, *grads], [torch_out, *torch_grads]
+    for a, b, exact in zip(ours, theirs, [expected, *expected_grads], strict=True):
+        assert relative_error(a, exact) < max(2 * relative_error(b, exact), 6e-7)
+
+
+def _in_torch(qkv, bias, max_seqlen):
+    """One sequence, in the type of ``qkv``."""
+    tokens, _, _, head_dim = qkv.shape
+    q, k, v = qkv.permute(1, 2, 0, 3)
+    place = torch.arange(tokens)
+    scores = q @ k.transpose(-1, -2) / head_dim**0.5
+    scores = scores + bias[:, place - place[:, None] + max_seqlen - 1]
+    return (scores.softmax(-1) @ v).transpose(0, 1)
 
 
 def test_dropout_keeps_what_the_cpu_keeps():

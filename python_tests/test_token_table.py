@@ -3,6 +3,7 @@ import torch
 from op_checks import DEVICES, assert_bitwise_repeatable, relative_error
 
 from metro_ext.ops import TokenTable
+from metro_ext.ops.token_table import _add_repeated_rows
 
 V, H = 60, 8
 
@@ -93,3 +94,23 @@ def test_lookups_that_go_backward_first_add_to_the_rest(device):
     exact = weight.detach().double().requires_grad_()
     (uses(exact, lambda t: exact[t], tokens) + exact[tokens[1]].sin().sum()).backward()
     assert relative_error(weight.grad, exact.grad) < 1e-6
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("vocab, count", [(V, 4000), (5000, 4000), (3, 1), (3, 0)])
+def test_rows_of_repeated_tokens(device, vocab, count):
+    """Half of the tokens are one, and there are more or fewer of them than the table has rows."""
+    generator = torch.Generator().manual_seed(count)
+    tokens = torch.randint(0, vocab, (count,), generator=generator)
+    tokens[: count // 2] = vocab - 1
+    tokens = tokens[torch.randperm(count, generator=generator)].to(device)
+    rows = torch.randn(count, H, generator=generator).to(device)
+    grad = torch.randn(vocab, H, generator=generator).to(device)
+    expected = grad.double().index_add(0, tokens, rows.double())
+    first, second = grad.clone(), grad.clone()
+    _add_repeated_rows(first, tokens, rows)
+    _add_repeated_rows(second, tokens, rows)
+    assert torch.equal(first, second)
+    assert relative_error(first, expected) < 1e-6
+    unused = torch.ones(vocab, dtype=torch.bool, device=device).index_fill(0, tokens, False)
+    assert torch.equal(first[unused], grad[unused])

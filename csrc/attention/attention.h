@@ -15,6 +15,11 @@
 // Nothing of size length × length is held: scores live in tiles of 64 × 64. No atomics on floats:
 // a (sequence, head) belongs to one worker, and the bias gradient is summed over sequences in a
 // fixed order, from vectors by relative position.
+//
+// float32 on CUDA is three TF32 products, eight terms at a time, added up in float32. Their model
+// on the CPU (sums of tensor cores cut off) has ‖out - float64‖ / ‖out‖ of 3e-7 at 1024 keys, 4e-7
+// at 2048 and 5e-7 at 4096 with values about 0 (torch on the CPU: 4e-7), 2e-7, 3e-7 and 4e-7 with
+// values about 1, whose sums grow with every key (torch: 1e-7).
 #pragma once
 
 #include <cstdint>
@@ -60,25 +65,32 @@ struct AttentionBackwardParams {
   void* grad_qkv;
   float* grad_bias;
   // Scratch. CPU: [heads, 2 tokens], the gradient by relative position within sequence s starts at
-  // 2 · cu_seqlens[s]. CUDA: [heads, attention_slots, attention_slot_width], a vector by diagonal
-  // for each tile of queries; tile t of sequence s has slot cu_seqlens[s] / 64 + s + t. That is
-  // 4 (L / 64 + 1) bytes a token and head, and for each sequence what 64 tokens take: 36 at
-  // L = 512, where a head's qkv takes 384 in bf16 at d = 64.
+  // 2 · cu_seqlens[s]. CUDA: [bias_rows, heads, 2 L - 1], each the sum over the query tiles of one
+  // block: at most 255 · 4 · (2 L - 1) bytes a head whatever the batch (1 MB at L = 512).
   float* bias_partials;
-  float* delta;  // [heads, tokens] scratch of the CUDA kernels
+  int64_t bias_rows;  // CUDA: 1 ... attention_bias_rows(forward), or 0 without tokens or bias
+  float* delta;       // [heads, tokens] scratch of the CUDA kernels
 };
 
 inline int64_t attention_pad(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
 
-// Enough slots for the query tiles of any division of the tokens into sequences.
-METRO_HD inline int64_t attention_slots(const AttentionParams& p) {
-  return p.tokens / kAttentionTile + p.sequences;
+// Blocks a head of the CUDA kernels: one for each tile of `rows` tokens where sequences are no
+// shorter than four of them; others take turns (attention_cuda.cuh).
+inline int64_t attention_blocks(const AttentionParams& p, int64_t rows) {
+  if (p.sequences == 0) return 0;
+  const int64_t tiles = (p.tokens + rows - 1) / rows, slots = p.tokens / rows + p.sequences;
+  return tiles + tiles / 4 < slots ? tiles + tiles / 4 : slots;
 }
 
-METRO_HD inline int64_t attention_slot_width(const AttentionParams& p) {
-  return ((p.max_seqlen + kAttentionTile - 1) / kAttentionTile + 1) * kAttentionTile;
+// Odd, so that blocks take turns at the tiles of equal sequences; enough to fill a GPU with two
+// heads.
+constexpr int64_t kAttentionBiasRows = 255;
+
+inline int64_t attention_bias_rows(const AttentionParams& p) {
+  const int64_t blocks = attention_blocks(p, kAttentionTile);
+  return blocks < kAttentionBiasRows ? blocks : kAttentionBiasRows;
 }
 
 // Bytes of scratch memory of a CPU worker; O(longest · head_dim). Units are 4 bytes (tile_gemm.h).
@@ -99,5 +111,14 @@ METRO_CPU_KERNEL(attention_backward, AttentionBackwardParams)
 // `stream` is a cudaStream_t; the result is a cudaError_t. The CPU's schedule is not read.
 int attention_cuda(const AttentionParams& p, void* stream);
 int attention_backward_cuda(const AttentionBackwardParams& p, void* stream);
+
+// What a block of the CUDA kernels needs at least for the type and head dimension, and what the
+// current device can give it: 99 KB on sm_86, sm_89 and sm_120, where float32 fits up to a head
+// dimension of 96 forward and 64 backward. More than `available` is refused by the kernels.
+struct SharedMemory {
+  int64_t needed, available;  // bytes
+};
+SharedMemory attention_shared_memory_cuda(const AttentionParams& p);
+SharedMemory attention_backward_shared_memory_cuda(const AttentionParams& p);
 
 }  // namespace metro

@@ -31,35 +31,55 @@ struct AttentionTile {
   static constexpr int kBytes = kElements * static_cast<int>(sizeof(T));
 };
 
-// Where a block stands: x counts tiles of all sequences, y heads. Sequences have length ≤
-// max_seqlen and the grid knows no more than that: `first >= length` means that there is nothing to
-// do.
+// A tile of kRows rows of a sequence. Tile t of sequence s has slot cu_seqlens[s] / kRows + s + t:
+// distinct for all tiles, and found again without a list of them. A slot may have no tile.
 struct AttentionBlock {
-  int64_t sequence, start;  // its first token
-  int head, length, first;  // `first` row of the tile within the sequence
+  int start, head, length;  // the sequence's first token and how many it has
+  int first;                // row of the tile within the sequence
+
+  // [tokens, extent]: the index of the sequence's first row.
+  __device__ int64_t row(int64_t extent) const { return start * extent; }
 };
 
-__device__ inline AttentionBlock attention_block(const AttentionParams& p) {
-  const int64_t tiles = (p.max_seqlen + kTileRows - 1) / kTileRows;
-  const int64_t sequence = blockIdx.x / tiles;
-  const int64_t start = p.cu_seqlens[sequence];
-  return {sequence, start, static_cast<int>(blockIdx.y),
-          static_cast<int>(p.cu_seqlens[sequence + 1] - start),
-          static_cast<int>(blockIdx.x % tiles) * kTileRows};
+// Looks the slot's sequence up, all lanes of the warp together: 32 probes narrow the search
+// 32-fold.
+template <int kRows>
+__device__ inline AttentionBlock attention_block(const AttentionParams& p, int slot) {
+  const auto first_slot = [&](int sequence) { return p.cu_seqlens[sequence] / kRows + sequence; };
+  const int lane = threadIdx.x % kWarp;
+  int low = 0, high = static_cast<int>(p.sequences);  // it is one of low ... high - 1
+  while (high - low > 1) {
+    const int step = (high - low - 1) / kWarp + 1, probe = low + (lane + 1) * step;
+    const bool reached = probe < high && first_slot(probe) <= slot;
+    low += __popc(__ballot_sync(~0u, reached)) * step;
+    high = high - low > step ? low + step : high;
+  }
+  const int start = p.cu_seqlens[low];
+  return {start, static_cast<int>(blockIdx.y), p.cu_seqlens[low + 1] - start,
+          (slot - first_slot(low)) * kRows};
 }
 
-inline dim3 attention_grid(const AttentionParams& p) {
-  return dim3(grid_extent(ceil_div(p.max_seqlen, kTileRows) * p.sequences), grid_extent(p.heads));
+// Calls body(AttentionBlock) for each tile of this block's slots: every gridDim.x-th. The batches
+// of a graph have room for far more sequences than they hold; the empty ones at the end, which
+// begin at the last token, have the last slots, and no block looks at more than one of those.
+template <int kRows, typename Body>
+__device__ inline void for_tiles(const AttentionParams& p, const Body& body) {
+  const int full = static_cast<int>(p.tokens / kRows), slots = full + static_cast<int>(p.sequences);
+  for (int slot = static_cast<int>(blockIdx.x); slot < slots; slot += gridDim.x) {
+    if (slot >= full && p.cu_seqlens[slot - full] >= p.tokens) return;
+    const AttentionBlock b = attention_block<kRows>(p, slot);
+    if (b.first < b.length) body(b);
+  }
 }
 
 // Starts copying rows `first` ... of the sequence to a tile; zeros beyond the sequence and beyond
 // head_dim. `rows` is the sequence's first row, `stride` the elements between rows.
-template <typename T, int kDim>
+template <typename T, int kDim, int kRows = kTileRows>
 __device__ inline void copy_tile(T* tile, const T* rows, int64_t stride, int first, int length,
                                  int64_t head_dim) {
   using Tile = AttentionTile<T, kDim>;
   constexpr int kVectors = kDim / Tile::kVector;
-  for (int i = threadIdx.x; i < kTileRows * kVectors; i += kAttentionThreads) {
+  for (int i = threadIdx.x; i < kRows * kVectors; i += kAttentionThreads) {
     const int row = i / kVectors, col = i % kVectors * Tile::kVector;
     const bool valid = first + row < length && col < head_dim;
     const T* from = valid ? rows + (first + row) * stride + col : rows;
@@ -69,7 +89,7 @@ __device__ inline void copy_tile(T* tile, const T* rows, int64_t stride, int fir
 
 template <typename T>
 __device__ inline const T* qkv_rows(const AttentionParams& p, const AttentionBlock& b, int part) {
-  return static_cast<const T*>(p.qkv) + ((b.start * 3 + part) * p.heads + b.head) * p.head_dim;
+  return static_cast<const T*>(p.qkv) + (b.row(3 * p.heads) + part * p.heads + b.head) * p.head_dim;
 }
 
 template <typename T>
@@ -80,26 +100,35 @@ __device__ inline uint32_t pack_pair(float low, float high) {
   return bits;
 }
 
-// a·b ≈ a₁b₁ + a₁b₂ + a₂b₁, where x₁ is x cut to the 10 bits of TF32 and x₂ = x - x₁: the relative
-// error is about 2^-20, small terms first.
-__device__ inline void mma_float32(float (&c)[4], const float (&a)[4], const float (&b)[2]) {
-  uint32_t a1[4], a2[4], b1[2], b2[2];
-  const auto split = [](float x, uint32_t* high, uint32_t* low) {
-    *high = __float_as_uint(x) & 0xffffe000u;
-    *low = __float_as_uint(x - __uint_as_float(*high));
-  };
-#pragma unroll
-  for (int i = 0; i < 4; ++i) split(a[i], &a1[i], &a2[i]);
-#pragma unroll
-  for (int i = 0; i < 2; ++i) split(b[i], &b1[i], &b2[i]);
-  mma_16x8x8_tf32(c, a2, b1);
-  mma_16x8x8_tf32(c, a1, b2);
-  mma_16x8x8_tf32(c, a1, b1);
+// x = high + low + at most 2^-23 |x|: x rounded to the 10 bits of TF32, and what is left of it.
+struct SplitFloat {
+  uint32_t high, low;
+};
+
+__device__ inline SplitFloat split_float(float x) {
+  const uint32_t high = (__float_as_uint(x) + 0x1000u) & 0xffffe000u;
+  return {high, __float_as_uint(x - __uint_as_float(high))};
 }
 
-// scores[16, 8 kTiles] += a[16, kDim] · b[8 kTiles, kDim]ᵀ, both in shared memory.
-template <typename T, int kDim, int kTiles>
-__device__ inline void add_scores(float (&scores)[kTiles][4], const T* a, const T* b) {
+// c += a b for float32 a and b as three TF32 products; low·low, 2^-22 of the product at most, is
+// left out. Tensor cores cut their sums off towards zero (Fasi et al., PeerJ CS 7:e330): over
+// thousands of keys that would shrink c by far more than float32 rounds, so that eight terms at a
+// time are summed there and added to c with rounding.
+__device__ inline void mma_float32(float (&c)[4], const SplitFloat (&a)[4], const float (&b)[2]) {
+  const SplitFloat s[2] = {split_float(b[0]), split_float(b[1])};
+  const uint32_t a_high[4] = {a[0].high, a[1].high, a[2].high, a[3].high};
+  const uint32_t a_low[4] = {a[0].low, a[1].low, a[2].low, a[3].low};
+  float sum[4] = {};
+  mma_16x8x8_tf32(sum, a_low, {s[0].high, s[1].high});
+  mma_16x8x8_tf32(sum, a_high, {s[0].low, s[1].low});
+  mma_16x8x8_tf32(sum, a_high, {s[0].high, s[1].high});
+#pragma unroll
+  for (int i = 0; i < 4; ++i) c[i] += sum[i];
+}
+
+// scores[16 kStrips, 8 kTiles] += a[16 kStrips, kDim] · b[8 kTiles, kDim]ᵀ, both in shared memory.
+template <typename T, int kDim, int kStrips, int kTiles>
+__device__ inline void add_scores(float (&scores)[kStrips][kTiles][4], const T* a, const T* b) {
   constexpr int kStride = AttentionTile<T, kDim>::kStride;
   const int lane = threadIdx.x % kWarp;
   if constexpr (sizeof(T) == 2) {
@@ -107,78 +136,100 @@ __device__ inline void add_scores(float (&scores)[kTiles][4], const T* a, const 
     const T* b_row = b + (lane % 8 + lane / 16 * 8) * kStride + lane / 8 % 2 * 8;
 #pragma unroll 1  // unrolled, the backward kernels run out of registers
     for (int k = 0; k < kDim; k += 16) {
-      uint32_t left[4];
-      ldmatrix_x4(left, a_row + k);
+      uint32_t left[kStrips][4];
+#pragma unroll
+      for (int m = 0; m < kStrips; ++m) ldmatrix_x4(left[m], a_row + m * 16 * kStride + k);
 #pragma unroll
       for (int n = 0; n < kTiles; n += 2) {
         uint32_t right[4];
         ldmatrix_x4(right, b_row + n * 8 * kStride + k);
-        mma_16x8x16<T>(scores[n], left, {right[0], right[1]});
-        mma_16x8x16<T>(scores[n + 1], left, {right[2], right[3]});
+#pragma unroll
+        for (int m = 0; m < kStrips; ++m) {
+          mma_16x8x16<T>(scores[m][n], left[m], {right[0], right[1]});
+          mma_16x8x16<T>(scores[m][n + 1], left[m], {right[2], right[3]});
+        }
       }
     }
   } else {
+    static_assert(kStrips == 1);
     const T* a_at = a + lane / 4 * kStride + lane % 4;
     const T* b_at = b + lane / 4 * kStride + lane % 4;
 #pragma unroll 1
     for (int k = 0; k < kDim; k += 8) {
-      const float left[4] = {a_at[k], a_at[k + 8 * kStride], a_at[k + 4],
-                             a_at[k + 8 * kStride + 4]};
+      const SplitFloat left[4] = {split_float(a_at[k]), split_float(a_at[k + 8 * kStride]),
+                                  split_float(a_at[k + 4]), split_float(a_at[k + 8 * kStride + 4])};
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
         const T* at = b_at + n * 8 * kStride + k;
-        mma_float32(scores[n], left, {at[0], at[4]});
+        mma_float32(scores[0][n], left, {at[0], at[4]});
       }
     }
   }
 }
 
-// sums[16, kDim] += weights[16, 8 kTiles] · b[8 kTiles, kDim], the weights in registers.
-template <typename T, int kDim, int kTiles>
-__device__ inline void add_weighted(float (&sums)[kDim / 8][4], const float (&weights)[kTiles][4],
-                                    const T* b) {
+// sums[16 kStrips, kDim] += weights[16 kStrips, 8 kTiles] · b[8 kTiles, kDim], the weights in
+// registers. Rows of b from `depth` on are zeros.
+template <typename T, int kDim, int kStrips, int kTiles>
+__device__ inline void add_weighted(float (&sums)[kStrips][kDim / 8][4],
+                                    const float (&weights)[kStrips][kTiles][4], const T* b,
+                                    int depth) {
   constexpr int kStride = AttentionTile<T, kDim>::kStride;
   const int lane = threadIdx.x % kWarp;
   if constexpr (sizeof(T) == 2) {
     const T* b_row = b + (lane % 16) * kStride + lane / 16 * 8;
 #pragma unroll
     for (int k = 0; k < kTiles; k += 2) {
-      const uint32_t left[4] = {pack_pair<T>(weights[k][0], weights[k][1]),
-                                pack_pair<T>(weights[k][2], weights[k][3]),
-                                pack_pair<T>(weights[k + 1][0], weights[k + 1][1]),
-                                pack_pair<T>(weights[k + 1][2], weights[k + 1][3])};
+      uint32_t left[kStrips][4];
+#pragma unroll
+      for (int m = 0; m < kStrips; ++m) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float* pair = weights[m][k + i / 2] + i % 2 * 2;
+          left[m][i] = pack_pair<T>(pair[0], pair[1]);
+        }
+      }
 #pragma unroll
       for (int n = 0; n < kDim / 8; n += 2) {
         uint32_t right[4];
         ldmatrix_x4_trans(right, b_row + k * 8 * kStride + n * 8);
-        mma_16x8x16<T>(sums[n], left, {right[0], right[1]});
-        mma_16x8x16<T>(sums[n + 1], left, {right[2], right[3]});
+#pragma unroll
+        for (int m = 0; m < kStrips; ++m) {
+          mma_16x8x16<T>(sums[m][n], left[m], {right[0], right[1]});
+          mma_16x8x16<T>(sums[m][n + 1], left[m], {right[2], right[3]});
+        }
       }
     }
   } else {
+    static_assert(kStrips == 1);
     // Depth is summed in another order, so that a lane holds what it needs: the columns 2 member
     // and 2 member + 1 of the accumulator stand for member and member + 4.
     const T* b_at = b + lane % 4 * 2 * kStride + lane / 4;
 #pragma unroll
     for (int k = 0; k < kTiles; ++k) {
-      const float left[4] = {weights[k][0], weights[k][2], weights[k][1], weights[k][3]};
+      if (k * 8 >= depth) break;  // without a branch here all steps overlap, in too many registers
+      const float (&w)[4] = weights[0][k];
+      const SplitFloat left[4] = {split_float(w[0]), split_float(w[2]), split_float(w[1]),
+                                  split_float(w[3])};
 #pragma unroll
       for (int n = 0; n < kDim / 8; ++n) {
         const T* at = b_at + k * 8 * kStride + n * 8;
-        mma_float32(sums[n], left, {at[0], at[kStride]});
+        mma_float32(sums[0][n], left, {at[0], at[kStride]});
       }
     }
   }
 }
 
-// bias[x] of the tile, x = key - query + 63 within it, times log2 e; 0 where no pair lies.
+// bias[x] of a tile of kRows queries and 64 keys, x = key - query + kRows - 1 within it, times
+// log2 e; 0 where no pair lies.
+template <int kRows = kTileRows>
 __device__ inline void load_bias(float* bias, const AttentionParams& p, int head, int first_query,
                                  int first_key) {
   const int64_t width = 2 * p.max_seqlen - 1;
-  const int64_t at =
-      first_key - first_query + static_cast<int>(threadIdx.x) - (kTileRows - 1) + p.max_seqlen - 1;
-  const bool valid = p.bias != nullptr && at >= 0 && at < width;
-  bias[threadIdx.x] = valid ? p.bias[head * width + at] * kLog2E : 0.0f;
+  for (int x = threadIdx.x; x < kRows + kTileRows; x += kAttentionThreads) {
+    const int64_t at = first_key - first_query + x - (kRows - 1) + p.max_seqlen - 1;
+    const bool valid = p.bias != nullptr && at >= 0 && at < width;
+    bias[x] = valid ? p.bias[head * width + at] * kLog2E : 0.0f;
+  }
 }
 
 struct AttentionDropout {
@@ -214,7 +265,7 @@ __device__ inline uint32_t kept_by_query(const AttentionDropout& d, const Attent
                                          int first_query, int first_key) {
   if (d.threshold == 0) return ~0u;
   const int lane = threadIdx.x % kWarp, member = lane % 4;
-  const int64_t token = b.start + first_query + lane / 4;
+  const int64_t token = int64_t{b.start} + first_query + lane / 4;
   uint32_t own = 0, kept = 0;
 #pragma unroll
   for (int call = 0; call < 4; ++call) {
@@ -238,7 +289,7 @@ __device__ inline uint32_t kept_by_key(const AttentionDropout& d, const Attentio
                                        int first_query, int first_key) {
   if (d.threshold == 0) return ~0u;
   const int lane = threadIdx.x % kWarp, member = lane % 4, group = lane / 4;
-  const int64_t token = b.start + first_query + 8 * group + 2 * member;
+  const int64_t token = int64_t{b.start} + first_query + 8 * group + 2 * member;
   uint32_t own = 0, kept = 0;
 #pragma unroll
   for (int call = 0; call < 4; ++call) {  // 2 h + e
@@ -287,6 +338,10 @@ cudaError_t for_type_and_head_dim(const AttentionParams& p, const Body& body) {
                   [&](auto type) { return for_head_dim<decltype(type)>(p.head_dim, body); });
 }
 
+inline dim3 attention_grid(const AttentionParams& p, int64_t blocks) {
+  return dim3(grid_extent(blocks), grid_extent(p.heads));
+}
+
 template <typename Kernel, typename... Args>
 cudaError_t launch_attention(Kernel kernel, dim3 grid, int shared_bytes, void* stream,
                              const Args&... args) {
@@ -295,6 +350,17 @@ cudaError_t launch_attention(Kernel kernel, dim3 grid, int shared_bytes, void* s
   if (error != cudaSuccess) return error;
   return launch(kernel, grid, dim3(kAttentionThreads), static_cast<size_t>(shared_bytes), stream,
                 args...);
+}
+
+// needed<T, kDim>() and what the device has.
+template <typename Needed>
+SharedMemory shared_memory(const AttentionParams& p, const Needed& needed) {
+  SharedMemory memory{0, shared_memory_limit()};
+  for_type_and_head_dim(p, [&]<typename T, int kDim>() {
+    memory.needed = needed.template operator()<T, kDim>();
+    return cudaSuccess;
+  });
+  return memory;
 }
 
 }  // namespace metro::cuda

@@ -33,6 +33,8 @@ Arguments check(const char* op, const Tensor& qkv, const Tensor& cu_seqlens,
   check_dtype(op, "cu_seqlens", cu_seqlens, ScalarType::Int);
   METRO_CHECK(cu_seqlens.dim() == 1 && cu_seqlens.numel() >= 1, op,
               "cu_seqlens must have shape [sequences + 1], found ", shape_string(cu_seqlens));
+  METRO_CHECK(cu_seqlens.numel() <= INT32_MAX / 2, op,
+              "cu_seqlens must hold at most 2^30 - 1 boundaries, found ", cu_seqlens.numel());
   check_same_device(op, "cu_seqlens", cu_seqlens, qkv, "qkv");
   METRO_CHECK(max_seqlen >= 1 && max_seqlen <= INT32_MAX / 2, op,
               "max_seqlen must be between 1 and 2^30 - 1, found ", max_seqlen);
@@ -102,6 +104,23 @@ struct Schedule {
   }
 };
 
+#ifdef METRO_WITH_CUDA
+template <SharedMemory (*kernels)(const AttentionParams&)>
+void check_shared_memory(const char* op, const Tensor& qkv, const AttentionParams& p) {
+  if (!qkv.is_cuda()) return;
+  const torch::stable::accelerator::DeviceGuard guard(qkv.get_device_index());
+  const SharedMemory memory = kernels(p);
+  METRO_CHECK(memory.needed <= memory.available, op, "a head dimension of ", p.head_dim, " in ",
+              dtype_name(qkv.scalar_type()), " needs ", memory.needed,
+              " bytes of shared memory a block, and this device has ", memory.available,
+              ": use bfloat16 or float16, or smaller heads");
+}
+#define METRO_CHECK_SHARED_MEMORY(op, qkv, family, p) \
+  check_shared_memory<family##_shared_memory_cuda>(op, qkv, p)
+#else
+#define METRO_CHECK_SHARED_MEMORY(op, qkv, family, p)
+#endif
+
 std::tuple<Tensor, Tensor> attention(const Tensor& qkv, const Tensor& cu_seqlens,
                                      const OptionalTensor& bias, int64_t max_seqlen,
                                      const OptionalTensor& seed, double p, int64_t draw) {
@@ -114,6 +133,7 @@ std::tuple<Tensor, Tensor> attention(const Tensor& qkv, const Tensor& cu_seqlens
   params.out = out.mutable_data_ptr();
   params.lse = mutable_data<float>(lse);
   const Schedule schedule(op, a.qkv, false, &params);
+  METRO_CHECK_SHARED_MEMORY(op, a.qkv, attention, params);
   METRO_RUN(op, a.qkv, attention, params);
   return {out, lse};
 }
@@ -146,18 +166,20 @@ std::tuple<Tensor, Tensor> attention_backward(const Tensor& grad_any, const Tens
   const Tensor grad_bias =
       with_bias ? torch::stable::empty_like(*a.bias) : empty_on(a.qkv, {0}, ScalarType::Float);
   const bool cuda = a.qkv.is_cuda();
-  const int64_t partial =
-      cuda ? attention_slots(a.params) * attention_slot_width(a.params) : 2 * a.params.tokens;
+  const int64_t bias_rows = cuda && with_bias ? attention_bias_rows(a.params) : 0;
+  const int64_t partial = cuda ? bias_rows * (2 * max_seqlen - 1) : 2 * a.params.tokens;
   const Tensor partials =
       empty_on(a.qkv, {a.params.heads, with_bias ? partial : 0}, ScalarType::Float);
   const Tensor delta =
       empty_on(a.qkv, {a.params.heads, cuda ? a.params.tokens : 0}, ScalarType::Float);
   const Schedule schedule(op, a.qkv, true, &a.params);
+  METRO_CHECK_SHARED_MEMORY(op, a.qkv, attention_backward, a.params);
   const AttentionBackwardParams params{a.params,
                                        grad_out.const_data_ptr(),
                                        grad_qkv.mutable_data_ptr(),
                                        mutable_data<float>(grad_bias),
                                        mutable_data<float>(partials),
+                                       bias_rows,
                                        mutable_data<float>(delta)};
   METRO_RUN(op, a.qkv, attention_backward, params);
   return {grad_qkv, grad_bias};

@@ -17,6 +17,15 @@ inline unsigned grid_extent(int64_t blocks) {
   return blocks <= INT32_MAX ? static_cast<unsigned>(blocks) : UINT32_MAX;
 }
 
+// The most shared memory that a block can have on the current device.
+inline int64_t shared_memory_limit() {
+  int device = 0, bytes = 0;
+  const bool known = cudaGetDevice(&device) == cudaSuccess &&
+                     cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin,
+                                            device) == cudaSuccess;
+  return known ? bytes : 48 * 1024;
+}
+
 #ifndef METRO_EMULATE_CUDA
 // The block's dynamic shared memory, as many bytes as the launch asked for. Static shared memory is
 // declared in the kernels themselves, which stand in an unnamed namespace.

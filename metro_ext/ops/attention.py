@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from metro_ext import _C  # noqa: F401  (registers torch.ops.metro)
@@ -45,11 +46,14 @@ def attention(
     Returns:
         [T, heads, d] like ``qkv``.
 
-    All gradients are deterministic; that of ``bias`` is summed over the sequences in float32.
+    All gradients are deterministic; that of ``bias`` is summed over the sequences in float32, on
+    CUDA in at most 255 · heads · (2 L − 1) partial sums.
 
     Raises:
-        RuntimeError: an argument is not as above. Sequence boundaries are checked on the CPU only,
-            since reading them on CUDA would wait for the device.
+        RuntimeError: an argument is not as above, or a head is too large for the shared memory of a
+            CUDA device (float32 beyond 96 columns, backward beyond 64, where a block has 99 KB).
+            Sequence boundaries are checked on the CPU only, since reading them on CUDA would wait
+            for the device.
     """
     return torch.ops.metro.attention(qkv, cu_seqlens, bias, max_seqlen, seed, p, draw)[0]
 
@@ -88,7 +92,9 @@ def relative_bias(table: Tensor, max_seqlen: int, max_distance: int) -> Tensor:
         )
     relative = torch.arange(1 - max_seqlen, max_seqlen, device=table.device)
     buckets = _relative_position_bucket(relative, table.shape[0], max_distance)
-    return table[buckets].t().contiguous()
+    # Not table[buckets]: far distances share a bucket, and the gradient of indexing would add their
+    # hundreds of rows one after the other on CUDA.
+    return F.embedding(buckets, table).t().contiguous()
 
 
 def _relative_position_bucket(relative: Tensor, buckets: int, max_distance: int) -> Tensor:

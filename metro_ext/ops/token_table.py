@@ -126,10 +126,34 @@ def _widen(both: Tensor, weight: Tensor) -> Tensor:
 
 def _add_rows(grad: Tensor, tokens: Tensor, rows: Tensor) -> None:
     """grad[tokens] += rows, in a fixed order where a token repeats."""
-    if grad.is_cuda:  # index_add_ there adds in any order
-        grad.index_put_((tokens,), rows, accumulate=True)
-    else:  # index_put_ here takes twenty times as long
+    if grad.is_cuda:
+        _add_repeated_rows(grad, tokens, rows)
+    else:
         grad.index_add_(0, tokens, rows)
+
+
+def _add_repeated_rows(grad: Tensor, tokens: Tensor, rows: Tensor) -> None:
+    """The same for CUDA: no host synchronisation, and shapes that depend on T alone.
+
+    A masked batch has [MASK] thousands of times. There index_add_ would add its rows in any order,
+    and index_put_ one after the other, each through memory. The backward pass of an embedding
+    shares a long run of equal indices out among many threads, in a fixed order, but makes a whole
+    table; so the distinct tokens are numbered first, and its table is [T, H].
+    """
+    count = tokens.numel()
+    if count == 0:
+        return
+    ordered, order = tokens.sort()
+    number = torch.zeros_like(ordered)  # of the distinct token, in ascending order
+    number[1:] = (ordered[1:] != ordered[:-1]).cumsum(0)
+    slot = torch.empty_like(number).scatter_(0, order, number)
+    sums = torch.ops.aten.embedding_dense_backward(rows, slot, count, -1, False)
+    # Slots beyond the last number hold zeros, and are spread over the table.
+    target = torch.arange(count, device=tokens.device) % grad.shape[0]
+    target.scatter_(0, number, ordered)
+    # Added atomically, and yet in every order to the same bits: a row of `grad` receives one sum,
+    # else zeros.
+    grad.index_add_(0, target, sums)
 
 
 class _Lookup(torch.autograd.Function):

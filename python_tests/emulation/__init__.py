@@ -6,7 +6,7 @@ that never arrives, is an error with a message. Shared memory is spoiled with Na
 (static arrays of kernel templates excepted), ``cp.async`` lands only in the wait for its group, and
 everything runs under AddressSanitizer and UndefinedBehaviorSanitizer. Not shown: races that neither
 order of the threads exposes (``order="reverse"`` runs them the other way round: results must not
-change), weak memory ordering, the rounding of the tensor cores' own sums, and speed.
+change), weak memory ordering, and speed.
 
 To add an operator family:
 
@@ -104,6 +104,7 @@ class Kernels:
         *,
         written: tuple[str, ...] = (),
         order: str = "forward",
+        shared_bytes: int = 163 << 10,
         **arguments: Tensor | int | float | torch.dtype | None,
     ) -> dict[str, Tensor]:
         """Calls a launcher and returns the tensors as it left them.
@@ -112,6 +113,7 @@ class Kernels:
             entry: the name in METRO_ENTRY.
             written: tensors to fill with NaN bytes before the call.
             order: ``"forward"`` or ``"reverse"``, in which threads and blocks run.
+            shared_bytes: the most that the device gives a block (sm_80's; sm_86 has 99 << 10).
             arguments: tensors (contiguous, on the CPU), numbers, ``dtype`` for metro::DType.
 
         Raises:
@@ -130,7 +132,10 @@ class Kernels:
                 else:
                     lines.append(f"none {key} 0" if value is None else f"number {key} {value!r}")
             (folder / "arguments.txt").write_text("\n".join(lines) + "\n")
-            environment = os.environ | {"METRO_EMULATION_ORDER": order}
+            environment = os.environ | {
+                "METRO_EMULATION_ORDER": order,
+                "METRO_EMULATION_SHARED_BYTES": str(shared_bytes),
+            }
             done = subprocess.run([self.binary, entry, name], capture_output=True, text=True,
                                   errors="replace", env=environment)  # fmt: skip
             if done.returncode:

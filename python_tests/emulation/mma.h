@@ -34,14 +34,25 @@ inline float tf32(uint32_t word) {
   return value;
 }
 
-// c[16][8] += a[16][k] b[k][8], a product after the other in float32.
+// To float32, what does not fit cut off.
+inline float toward_zero(double x) {
+  const float nearest = static_cast<float>(x);
+  return std::fabs(nearest) > std::fabs(x) && std::isfinite(nearest) ? nextafterf(nearest, 0.0f)
+                                                                     : nearest;
+}
+
+// c[16][8] += a[16][k] b[k][8]. As on tensor cores (Fasi et al., PeerJ CS 7:e330) the products are
+// exact and their sum with c is cut off, not rounded; that GPUs may cut the terms off before, a few
+// bits further down, is not shown.
 template <int K>
 void multiply(const float (&a)[16][K], const float (&b)[K][8], Exchange& e) {
   for (int lane = 0; lane < 32; ++lane) {
     Fragments f = e.get<Fragments>(lane);
     for (int i = 0; i < 4; ++i) {
       const int row = lane / 4 + 8 * (i / 2), col = lane % 4 * 2 + i % 2;
-      for (int k = 0; k < K; ++k) f.c[i] += a[row][k] * b[k][col];
+      double sum = f.c[i];
+      for (int k = 0; k < K; ++k) sum += static_cast<double>(a[row][k]) * b[k][col];
+      f.c[i] = toward_zero(sum);
     }
     e.put(lane, f);
   }

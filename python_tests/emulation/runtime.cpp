@@ -13,9 +13,14 @@
 
 namespace {
 
-constexpr size_t kSharedBytes = 48 * 1024;       // a block's, unless the launcher asks for more
-constexpr size_t kMostSharedBytes = 163 * 1024;  // sm_80
-constexpr int kMultiprocessors = 3;              // few, so that persistent loops go round
+constexpr size_t kSharedBytes = 48 * 1024;  // a block's, unless the launcher asks for more
+constexpr int kMultiprocessors = 3;         // few, so that persistent loops go round
+
+// What a launcher can ask for: METRO_EMULATION_SHARED_BYTES, else sm_80's.
+size_t most_shared_bytes() {
+  const char* given = getenv("METRO_EMULATION_SHARED_BYTES");
+  return given == nullptr ? 163 * 1024 : std::stoull(given);
+}
 
 std::map<const void*, size_t>& shared_limits() {
   static std::map<const void*, size_t> limits;
@@ -46,10 +51,10 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
       *value = 0;
       return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      *value = static_cast<int>(kMostSharedBytes);
+      *value = static_cast<int>(most_shared_bytes());
       return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
-      *value = static_cast<int>(kMostSharedBytes + 1024);
+      *value = static_cast<int>(most_shared_bytes() + 1024);
       return cudaSuccess;
     case cudaDevAttrL2CacheSize:
       *value = 40 * 1024 * 1024;
@@ -61,7 +66,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
 
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
-  if (value < 0 || static_cast<size_t>(value) > kMostSharedBytes) return cudaErrorInvalidValue;
+  if (value < 0 || static_cast<size_t>(value) > most_shared_bytes()) return cudaErrorInvalidValue;
   shared_limits()[kernel] = static_cast<size_t>(value);
   return cudaSuccess;
 }

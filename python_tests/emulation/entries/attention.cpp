@@ -34,6 +34,18 @@ METRO_ENTRY(attention_backward) {
   p.grad_qkv = in.data("grad_qkv");
   p.grad_bias = in.data<float>("grad_bias");
   p.bias_partials = in.data<float>("bias_partials");
+  p.bias_rows = in.integer("bias_rows");
   p.delta = in.data<float>("delta");
   return metro::attention_backward_cuda(p, nullptr);
+}
+
+METRO_ENTRY(attention_shared_memory) {
+  const metro::SharedMemory both[] = {metro::attention_shared_memory_cuda(params(in)),
+                                      metro::attention_backward_shared_memory_cuda(params(in))};
+  int64_t* bytes = in.data<int64_t>("bytes");  // [2, 2]: needed and available
+  for (int i = 0; i < 2; ++i) {
+    bytes[2 * i] = both[i].needed;
+    bytes[2 * i + 1] = both[i].available;
+  }
+  return 0;
 }
