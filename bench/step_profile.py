@@ -32,8 +32,8 @@ from metro_ext.objective import mask_count
 # The first part whose word is in an operator's name has its time.
 PARTS = {
     "vocabulary heads": ("metro::vocab_head",),
-    "attention": ("metro::attention",),
-    "layer_norm": ("metro::layer_norm",),
+    "attention": ("metro::attention", "metro_attention"),
+    "layer_norm": ("metro::layer_norm", "metro_layer_norm"),
     "bias_gelu": ("metro::bias_gelu",),
     "corruption, RTD head, loss": ("metro::",),
     "products of the layers": ("aten::mm", "aten::addmm", "mkldnn::", "aten::linear"),
