@@ -12,10 +12,12 @@ from bench_scripts import records
 # Last, so that an installed metro_ext is found before the source tree.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from bench import step, step_worker
+from bench import step, step_profile, step_worker
 from bench.workers import Crew, WorkerError
 from metro_ext.cuda_graph import WARM_UP_STEPS
 from metro_ext.errors import UserError
+from metro_ext.objective import mask_count
+from metro_ext.presets import flops_per_token
 
 TINY_STEP = [
     "--layers=1", "--aux-layers=1", "--hidden=32", "--heads=2", "--vocab=128", "--tokens=64",
@@ -233,3 +235,18 @@ def test_a_graph_is_for_cuda_and_the_step_as_it_is():
     assert step.own_names(options) == ["ours", "ours graphed"]
     options.compile_ours = True
     assert step.own_names(options) == ["ours"]
+
+
+def test_the_profile_books_every_product_and_operator():
+    options = step.parse(["--precision", "bf16"])
+    model, objective, _ = step.configs(options)
+    masked = mask_count(options.tokens, objective.mask_fraction)
+    flops = step_profile.products(model, options.tokens, masked)
+    expected = flops_per_token(model, objective) * options.tokens
+    assert sum(flops.values()) == pytest.approx(expected, rel=1e-3)
+    assert set(flops) < set(step_profile.PARTS)
+    (record,) = records("bench/step_profile.py", *TINY_STEP, "--precision", "fp32")
+    whole, *parts = record["cases"]
+    assert whole["ours"] > 0
+    assert sum(part["figures"]["share_of_step"] for part in parts) == pytest.approx(1)
+    assert {"attention", "layer_norm", "vocabulary heads", "AdamW"} <= {p["name"] for p in parts}
