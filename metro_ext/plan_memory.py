@@ -50,7 +50,7 @@ class Memory:
     """Bytes on one GPU at the peak.
 
     activations: of the encoders, with what their backward pass needs beside them.
-    head: of the heads, with the rounded token table and its gradient on the way to float32.
+    head: of the heads, with the rounded token table and its gradient.
     """
 
     weights: float
@@ -147,20 +147,19 @@ def _phases(
     top = _top_layer(model, model.layers, layout, element)
     masked_head = 4 * element * rows * model.hidden + (2 * INT64 + 6 * FP32) * rows
     full_head = 3 * stream + 6 * FP32 * tokens  # RTD's, or a vocabulary head on every token
-    # The table's gradient in the products' dtype and, where that is not float32, in float32.
-    conversion = table + (FP32 * model.vocab_size * model.hidden if rounded else 0)
+    # Where products are not in float32, the table's copy and its gradient are one block, in which
+    # the gradient is widened at the end.
+    tables = rounded + table
     root = 0.0
     if layout.engine != "ddp":  # the root's gradients are copied into one buffer to be reduced
         layers = model.layers + (model.aux_layers if objective.name != "mlm" else 0)
         count = parameter_count(model, objective).total
         root = FP32 * (count - layers * layer_parameters(model, objective))
-    table_phase = (2 * stream + ids, conversion + root)
-    # The gradient of the table is there from the first head's forward pass on, the rounded table up
-    # to the last one's.
+    table_phase = (2 * stream + ids, tables + root)
     if objective.name == "mlm":
         early = [
-            (main + ids + stream, rounded + table + masked_head + chunk),
-            (main + ids + top, table),
+            (main + ids + stream, tables + masked_head + chunk),
+            (main + ids + top, tables),
         ]
         return early, [table_phase]
     aux = _encoder(model, model.aux_layers, layout, element)
@@ -176,15 +175,15 @@ def _phases(
     both = (0 if alone else aux) + main + ids
     heads = (0 if alone else masked_head) + main_heads
     early = [
-        (both, rounded + table + heads + main_chunk + stream),
-        (both, table + heads + 3 * stream),
-        (both + top, table + heads - main_heads),
+        (both, tables + heads + main_chunk + stream),
+        (both, tables + heads + 3 * stream),
+        (both + top, tables + heads - main_heads),
     ]
     # In the other engines the main encoder's lookups keep their rows for the table.
-    held = rounded if alone else stream
+    held = 0 if alone else stream
     late = [
-        (aux + ids + stream, held + table + masked_head + (chunk if alone else 0)),
-        (aux + ids + stream + aux_top, (rounded if alone else 0) + table),
+        (aux + ids + stream, held + tables + masked_head + (chunk if alone else 0)),
+        (aux + ids + stream + aux_top, tables),
         table_phase,
     ]
     return early, late
@@ -242,10 +241,11 @@ def _layer_inner(model: ModelConfig, tokens: int, element: int, policy: str) -> 
 def _layer_backward(model: ModelConfig, tokens: int, element: int) -> float:
     """Bytes that come and go in a layer's backward pass, at its largest: the feed-forward's.
 
-    Two gradients [T, F] (after and before the GELU), two [T, H] (of the product and of the
-    residual), one weight's gradient [H, F] in float32 and the weight rounded for the product.
+    A gradient [T, F] (that before the GELU is written over the one after it), two [T, H] (of the
+    product and of the residual), one weight's gradient [H, F] in float32 and the weight rounded for
+    the product.
     """
     matrix = model.hidden * model.ffn
     rounded = element * matrix if element != FP32 else 0
-    gradients = element * tokens * (2 * model.ffn + 2 * model.hidden)
+    gradients = element * tokens * (model.ffn + 2 * model.hidden)
     return gradients + FP32 * matrix + rounded

@@ -31,6 +31,7 @@ WEIGHTS = (1.0, 50.0, 1.0)
 CALLS = {
     "bias_gelu": (f32(T, H), f32(H)),
     "bias_gelu_backward": (f32(T, H), f32(T, H), f32(H)),
+    "bias_gelu_backward_": (f32(T, H), f32(T, H), f32(H)),
     "layer_norm": (f32(T, H), f32(H), f32(T, H), f32(H), f32(H), SEED, 0.1, 0, 1e-5),
     "layer_norm_backward": (f32(T, H), f32(T, H), f32(T), f32(T), f32(H), SEED, 0.1, 0),
     "attention": (QKV, CU, BIAS, T, SEED, 0.1, 0),

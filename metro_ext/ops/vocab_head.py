@@ -196,11 +196,8 @@ class _Attach(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         if not torch.compiler.is_compiling():
             refuse_second_order("metro::vocab_head_gradients")
-        grads = ctx.saved_tensors
         # In place, as the matrix's is large; a second backward pass is then refused by autograd.
-        # Nearly always by 1, which the CPU knows without waiting for anything.
-        if torch.compiler.is_compiling() or grad_loss.is_cuda or grad_loss.item() != 1:
-            grads = [grad.mul_(grad_loss) for grad in grads]
+        grads = [grad.mul_(grad_loss) for grad in ctx.saved_tensors]
         return grad_loss, None, *grads, *[None] * len(grads)
 
 
