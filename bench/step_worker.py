@@ -12,7 +12,7 @@ from bench.timing import Stopwatch, peak_memory
 from bench.workers import serve
 from metro_ext.config_schema import ModelConfig, ObjectiveConfig, OptimConfig
 from metro_ext.cuda_graph import WARM_UP_STEPS, GraphedStep
-from metro_ext.hardware import keep_freed_memory
+from metro_ext.hardware import exact_reductions, keep_freed_memory
 from metro_ext.model import FIRST_POSITION, Packing, PretrainingModel
 from metro_ext.objective import Objective
 from metro_ext.optim import AdamW
@@ -128,6 +128,7 @@ def make_step(name: str, options: Namespace) -> Callable[[], Tensor]:
     """The contender of that name, built; importing its library is part of it."""
     if name in (OURS, GRAPHED) or options.peers_keep_memory:
         keep_freed_memory()  # as metro_ext.train does
+        exact_reductions()
     if name in (OURS, GRAPHED):
         return OurStep(options) if name == OURS else OurGraphedStep(options)
     from bench.peers.hf_mpnet import HuggingFaceStep, MetroFromMPNet

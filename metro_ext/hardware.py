@@ -90,6 +90,16 @@ def choose_device(name: str, local_rank: int = 0, option: str = "--run.device") 
     return torch.device(name)
 
 
+def exact_reductions() -> None:
+    """Has cuBLAS add up the partial sums of 16-bit products in float32, for the whole process.
+
+    torch by default lets it add some of them in 16 bits, where it splits a deep product. It is for
+    commands to call, not for a library.
+    """
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
+
 def keep_freed_memory() -> bool:
     """Makes glibc keep large freed blocks for the next allocation; False where there is no glibc.
 

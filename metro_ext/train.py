@@ -32,7 +32,7 @@ from metro_ext.distributed import (
 )
 from metro_ext.errors import UserError
 from metro_ext.guards import StopRequest
-from metro_ext.hardware import keep_freed_memory, peak_flops, peak_memory
+from metro_ext.hardware import exact_reductions, keep_freed_memory, peak_flops, peak_memory
 from metro_ext.monitor import Monitor, Silent
 from metro_ext.plot import plot_run
 from metro_ext.prepare import prepare
@@ -222,6 +222,7 @@ def _on_every_rank(configure: Callable[[], Config]) -> int:
         config = world.together(configure)
         _check_same_options(world, config)
         keep_freed_memory()
+        exact_reductions()
         pretrain(config, world=world)
     except AgreedError as error:
         if launched_rank() == 0:

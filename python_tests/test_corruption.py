@@ -32,7 +32,8 @@ def assert_chi_square(counts, expected):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("fractions", [(0.8, 0.1), (1.0, 0.0), (0.0, 1.0), (0.7, 0.3), (0.0, 0.0)])
 @pytest.mark.parametrize(
-    "length, count, seed", [(1, 1, 0), (40, 6, 5), (333, 50, -1), (4096, 614, 2**63 - 1)]
+    "length, count, seed",
+    [(1, 1, 0), (40, 6, 5), (333, 50, -1), (4096, 614, 2**63 - 1), (9003, 1350, 7)],
 )
 def test_mask_matches_reference(device, length, count, seed, fractions):
     tokens = make_tokens(length, device)

@@ -11,7 +11,9 @@ SPECIAL = torch.tensor([0, 1, 2, MASK, 48, 49])
 
 
 @pytest.mark.parametrize("order", ["forward", "reverse"])
-@pytest.mark.parametrize("length, count", [(1, 1), (40, 39), (333, 50), (2500, 375), (0, 3)])
+@pytest.mark.parametrize(
+    "length, count", [(1, 1), (40, 39), (333, 50), (2500, 375), (9003, 1350), (0, 3)]
+)
 def test_same_as_cpu(length, count, order):
     tokens = torch.randint(VOCAB, (length,), generator=torch.Generator().manual_seed(length))
     seed = torch.tensor([-5])

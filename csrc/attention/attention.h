@@ -77,11 +77,13 @@ inline int64_t attention_pad(int64_t n, int64_t multiple) {
 }
 
 // Blocks a head of the CUDA kernels: one for each tile of `rows` tokens where sequences are no
-// shorter than four of them; others take turns (attention_cuda.cuh).
+// shorter than four of them; others take turns (attention_cuda.cuh). Odd, as in batches of equal
+// sequences every second slot is empty, and an even number would leave half of the blocks idle.
 inline int64_t attention_blocks(const AttentionParams& p, int64_t rows) {
   if (p.sequences == 0) return 0;
   const int64_t tiles = (p.tokens + rows - 1) / rows, slots = p.tokens / rows + p.sequences;
-  return tiles + tiles / 4 < slots ? tiles + tiles / 4 : slots;
+  const int64_t blocks = tiles == 0 ? 0 : (tiles + tiles / 4) | 1;
+  return blocks < slots ? blocks : slots;
 }
 
 // Odd, so that blocks take turns at the tiles of equal sequences; enough to fill a GPU with two

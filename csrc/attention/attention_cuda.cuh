@@ -1,9 +1,10 @@
 // What the CUDA kernels of attention share: tiles of 64 rows in shared memory, the two products
 // that all passes are made of, the bias of a tile and its dropout.
 //
-// A block has four warps; warp w owns rows 16 w ... 16 w + 15 of a tile of 64 × 64 scores, as mma
-// accumulators: tile[n][2 h + e] is row group + 8 h, column 8 n + 2 member + e, where
-// group = lane / 4 and member = lane % 4. float32 products are split into three TF32 products.
+// A block has four warps; with one strip of 16 rows a warp, warp w owns rows 16 w ... 16 w + 15 of
+// a tile of 64 × 64 scores, with two (forward) rows 32 w ... 32 w + 31 of 128 × 64. A strip is held
+// as mma accumulators: tile[n][2 h + e] is row group + 8 h, column 8 n + 2 member + e, where group
+// = lane / 4 and member = lane % 4. float32 products are split into three TF32 products.
 #pragma once
 
 #include "attention/attention.h"

@@ -27,6 +27,8 @@ Arguments check(const char* op, const Tensor& qkv, const Tensor& cu_seqlens,
   const auto sizes = qkv.sizes();
   const int64_t tokens = sizes[0], heads = sizes[2], head_dim = sizes[3];
   METRO_CHECK(tokens <= INT32_MAX, op, "qkv must hold at most 2^31 - 1 tokens, found ", tokens);
+  METRO_CHECK(!qkv.is_cuda() || heads <= 65535, op,
+              "qkv must have at most 65535 heads on CUDA, found ", heads);
   METRO_CHECK(head_dim > 0 && head_dim % 8 == 0 && head_dim <= kAttentionMaxHeadDim, op,
               "the head dimension must be a multiple of 8 up to ", kAttentionMaxHeadDim, ", found ",
               head_dim);

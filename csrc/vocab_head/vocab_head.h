@@ -8,9 +8,10 @@
 //   loss = scale · Σ nll,   d loss / d logit = scale · (softmax - onehot(target))
 //
 // Logits are rounded to T (float32, bf16; float16 on CUDA) before the bias is added, and so is the
-// gradient of the logits; the rest is float32. grad_weight is in T: a chunk adds its part to what
-// the chunks (and calls) before left there, so it is rounded once for each, at most kMaxChunks
-// times a call.
+// gradient of the logits; the rest is float32, in cuBLAS as long as torch's
+// allow_{bf16,fp16}_reduced_precision_reduction are off (exact_reductions of metro_ext.hardware,
+// which the commands call). grad_weight is in T: a chunk adds its part to what the chunks (and
+// calls) before left there, so it is rounded once for each, at most kMaxChunks times a call.
 //
 // Sampling. The vocabulary is cut into sample tiles of kSampleTile entries. With z = logit /
 // temperature and L_t = ln Σ_{i in t} exp z_i, each row draws one Philox call a tile (purpose

@@ -12,11 +12,10 @@
 //    arithmetic, 1.7 ms in all, and twice that if they were added up in float32.
 //  - R = N: one product for the weight's gradient and nothing added up, but N x V is held: 1.34 GB.
 //  - R = 3456, a chunk of 453 MB (kCudaChunkElements): three products for it, of which two add to
-//  what
-//    is there: 0.5 GB, 0.1 ms, under the arithmetic. The logits go through memory: this pass reads
-//    them, 0.28 ms, the gradient reads and writes them, 0.56 ms; that the products do so too is
-//    hidden by their arithmetic. The hidden states' gradient [3456, 768] has 81 tiles of 128 x 256
-//    for 132 multiprocessors; with the depth of 65536 cuBLAS can split it.
+//    what is there: 0.5 GB, 0.1 ms, under the arithmetic. The logits go through memory: this pass
+//    reads them, 0.28 ms, the gradient reads and writes them, 0.56 ms; that the products do so too
+//    is hidden by their arithmetic. The hidden states' gradient [3456, 768] has 81 tiles of 128 x
+//    256 for 132 multiprocessors; with the depth of 65536 cuBLAS can split it.
 // So about 5.1 ms, 600 TFLOP/s of useful work; chunks in L2 would take 5.8 ms and more launches.
 // Few rows (N = 614) are one chunk of 80 MB.
 //

@@ -15,7 +15,7 @@ from metro_ext.finetune.job import Job, Kind, median_seed, summary
 from metro_ext.finetune.loop import Settings
 from metro_ext.finetune.record import Record
 from metro_ext.finetune.tasks import TASKS
-from metro_ext.hardware import DTYPES, choose_device
+from metro_ext.hardware import DTYPES, choose_device, exact_reductions
 from metro_ext.pretrained import load
 
 KINDS: dict[str, Kind] = {
@@ -88,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     made = parser()
     options = made.parse_args(argv)
     kind = checked_kind(made, options)
+    exact_reductions()
     device, pretrained = choose_device(options.device, option="--device"), load(options.model)
     settings = settings_of(kind, options, pretrained.config.model.hidden)
     job = Job(pretrained, options.data, settings, device, options.limit)

@@ -36,7 +36,7 @@ class TokenTable:
         self.plain = torch.compiler.is_compiling()
         self.lookups: list[tuple[Tensor, Tensor]] = []
         self.gradient: Tensor | None = None
-        if self.plain:
+        if self.plain or not torch.is_grad_enabled():
             self.matrix = weight.to(dtype)
         elif weight.dtype == dtype:
             self.matrix = _Table.apply(weight, None, self.lookups)
