@@ -5,9 +5,10 @@
 Each (objective, seed) is trained on ``books-10m`` with the settings of ``bench/books.py`` until it
 has spent the FLOPs of ``--steps`` steps of ``metro``; then the held-out figures, BLiMP, and CoLA,
 SST-2 and RTE fine-tuned. FLOPs are those of matrix products, forward and backward
-(`metro_ext.presets.flops_per_token`); wall time is reported too. ``untrained`` is ``metro`` at its
-start, evaluated likewise: what fine-tuning alone can do. Held-out perplexity is that of the network
-that fills masks: the small auxiliary one, but the main one of ``mlm``.
+(`metro_ext.presets.flops_per_token`). Wall time is reported too and, since other work on the
+machine lengthens it, what the tokens take at the rate of the fastest logged interval. ``untrained``
+is ``metro`` at its start, evaluated likewise: what fine-tuning alone can do. Held-out perplexity is
+that of the network that fills masks: the small auxiliary one, but the main one of ``mlm``.
 
 Every finished part is kept in ``--folder``: the same command goes on where it was stopped, parts
 may run in any order, and one that fails is named at the end and does not stop the others. The table
@@ -147,7 +148,13 @@ def figures(part: Part) -> dict[str, float]:
         if task in part.found:
             metric, values = next(iter(part.found[task].items()))
             row[f"{task} {metric.split()[-1]}"] = 100 * values["median"]
-    return row | {"minutes": part.found["seconds"] / 60}
+    row["minutes"] = part.found["seconds"] / 60
+    timing = part.run / "timing.jsonl"
+    if timing.is_file():
+        records = [json.loads(line) for line in timing.read_text().splitlines()]
+        tokens = sum(record["tokens_per_s"] * record["seconds"] for record in records)
+        row["minutes, undisturbed"] = tokens / max(r["tokens_per_s"] for r in records) / 60
+    return row
 
 
 def summarise(parts: list[Part]) -> dict[str, dict[str, dict[str, float]]]:
