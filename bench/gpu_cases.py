@@ -1,6 +1,6 @@
 """Small cases of every operator for `bench/gpu_check.py`, and what is asked of them.
 
-    python -m bench.gpu_cases repeats | equality | values | once [--device cuda]
+    python -m bench.gpu_cases repeats | equality | values | once [--device cuda] [--family NAME ...]
 
 ``repeats``: the same call gives the same bits. ``equality``: the CPU and the device draw the same
 masks, samples and dropout. ``values``: a vocabulary head whose rows take more than one chunk agrees
@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from bench.gpu_stages import FAMILIES
 from bench.gpu_values import OK, chunked_heads
 from metro_ext.command_line import run
 from metro_ext.objective import IGNORED
@@ -41,6 +42,7 @@ VOCAB, MASK_ID = 1031, 4
 # Vectors, and more than one group of sample tiles (csrc/vocab_head/vocab_head_rows_cuda.cu).
 WIDE_VOCAB = 17408
 Results = tuple[Tensor, ...]
+Case = Callable[[str, torch.dtype], Results]  # of a device and a dtype
 
 
 def _normal(*shape: int, seed: int = 0) -> Tensor:
@@ -142,27 +144,46 @@ def _loss(device: str) -> Results:
     )
 
 
-def cases(device: str) -> Iterator[tuple[str, Callable[[], Results]]]:
-    """Every operator, forward and backward, in every dtype of the device, at odd shapes and at such
-    as vectors fit."""
+def _sized(
+    label: str, case: Callable[[str, torch.dtype, int], Results], sizes: Sequence[int]
+) -> dict[str, Case]:
+    return {f"{label} {s}": lambda device, dtype, s=s: case(device, dtype, s) for s in sizes}
+
+
+# By family and name: odd shapes, and such as vectors fit.
+CASES: dict[str, dict[str, Case]] = {
+    "attention": {
+        f"attention {size} dropout {p}": lambda device, dtype, s=size, p=p: _attention(
+            device, dtype, s, p
+        )
+        for size in HEAD_SIZES
+        for p in (0.0, 0.1)
+    },
+    "vocab_head": _sized("vocab_head", _vocab_head, (VOCAB, WIDE_VOCAB)),
+    "layer_norm": _sized("layer_norm", _layer_norm, (*WIDTHS, 3000)),
+    "gelu": _sized("bias_gelu", _bias_gelu, WIDTHS),
+    "rtd_head": _sized("rtd_head", _rtd_head, WIDTHS),
+}
+# Those that are of no dtype.
+OF_ONE_TYPE: dict[str, dict[str, Callable[[str], Results]]] = {
+    "corruption": {"corruption": lambda device: _corruption(device)},
+    "loss": {"pretrain_loss": lambda device: _loss(device)},
+}
+
+
+def cases(
+    device: str, families: Sequence[str] = FAMILIES
+) -> Iterator[tuple[str, Callable[[], Results]]]:
+    """Every operator of the families, forward and backward, in every dtype of the device."""
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     if device == "cuda":
         dtypes["fp16"] = torch.float16
-    for name, dtype in dtypes.items():
-        for size in HEAD_SIZES:
-            for p in (0.0, 0.1):
-                label = f"attention {size} dropout {p} {name}"
-                yield label, lambda d=dtype, s=size, p=p: _attention(device, d, s, p)
-        for label, case, sizes in (
-            ("layer_norm", _layer_norm, (*WIDTHS, 3000)),
-            ("bias_gelu", _bias_gelu, WIDTHS),
-            ("vocab_head", _vocab_head, (VOCAB, WIDE_VOCAB)),
-            ("rtd_head", _rtd_head, WIDTHS),
-        ):
-            for size in sizes:
-                yield f"{label} {size} {name}", lambda c=case, d=dtype, s=size: c(device, d, s)
-    yield "corruption", lambda: _corruption(device)
-    yield "pretrain_loss", lambda: _loss(device)
+    for family in families:
+        for label, case in CASES.get(family, {}).items():
+            for name, dtype in dtypes.items():
+                yield f"{label} {name}", lambda c=case, d=dtype: c(device, d)
+        for label, case in OF_ONE_TYPE.get(family, {}).items():
+            yield label, lambda c=case: c(device)
 
 
 def _bytes(tensor: Tensor) -> Tensor:
@@ -232,20 +253,22 @@ def _equality(draw: Callable[[str], Results], device: str) -> str:
     return OK
 
 
-def checks_of(what: str, device: str) -> dict[str, Callable[[], str]]:
+def checks_of(
+    what: str, device: str, families: Sequence[str] = FAMILIES
+) -> dict[str, Callable[[], str]]:
     """Each returns `OK` or what is wrong."""
     if what == "values":
         return dict(chunked_heads(device))
     if what == "equality":
         return {name: lambda d=draw: _equality(d, device) for name, draw in DRAWS.items()}
     ask = {"repeats": _repeats, "once": _once}[what]
-    return {name: lambda c=case: ask(c) for name, case in cases(device)}
+    return {name: lambda c=case: ask(c) for name, case in cases(device, families)}
 
 
-def check(what: str, device: str) -> Iterator[dict[str, str]]:
+def check(what: str, device: str, families: Sequence[str] = FAMILIES) -> Iterator[dict[str, str]]:
     """`OK` or what is wrong, by the name of the check: of all so far, after each."""
     results = {}
-    for name, function in checks_of(what, device).items():
+    for name, function in checks_of(what, device, families).items():
         try:
             results[name] = function()
             if device == "cuda":
@@ -262,12 +285,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("what", choices=("repeats", "equality", "values", "once"))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument(
+        "--family", nargs="+", choices=FAMILIES, help="of repeats and once: these (default: all)"
+    )
+    parser.add_argument(
         "--running-record", action="store_true",
         help="print the line after every check: what is left of a run that is cut off",
     )  # fmt: skip
     options = parser.parse_args(argv)
+    if options.family and options.what not in ("repeats", "once"):
+        parser.error(f"--family is of repeats and once, not of {options.what}")
     results = {}
-    for results in check(options.what, options.device):
+    for results in check(options.what, options.device, options.family or FAMILIES):
         if options.running_record:
             print(json.dumps({"checks": results}), flush=True)
     print(json.dumps({"checks": results}))

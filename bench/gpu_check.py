@@ -12,9 +12,10 @@ time limit; one that fails is recorded and the next goes on. A benchmark or a se
 cut off leaves what it had.
 
 All of it takes longer than the ``--seconds`` of one command: a stage that has less than half of its
-limit left is not begun, and ``--resume`` goes on where the record ends. bench/gpu_check.md has the
-command lines. The JSON, rewritten after each stage, goes to bench/results/gpu_check-<GPU>.json;
-it says which targets (`bench.gpu_targets`) are met, and ``bench/report.py`` makes the tables of it.
+limit left is not begun, and ``--resume`` goes on where the record ends. One that ``--stages`` names
+may take all of ``--seconds``. bench/gpu_check.md has the command lines. The JSON, rewritten after
+each stage, goes to bench/results/gpu_check-<GPU>.json; it says which targets (`bench.gpu_targets`)
+are met, and ``bench/report.py`` makes the tables of it.
 
 Exit code: 0 if every stage of the record passed, 1 if one did not, 2 without a GPU.
 """
@@ -136,9 +137,18 @@ def _end_group(process: subprocess.Popen) -> None:
 
 
 def run_stages(
-    chosen: Sequence[Stage], seconds: float, folder: Path, save: Callable[[list[Details]], None]
+    chosen: Sequence[Stage],
+    seconds: float,
+    folder: Path,
+    save: Callable[[list[Details]], None],
+    *,
+    named: bool = False,
 ) -> list[Details]:
-    """Every stage in turn, within so many seconds in all; ``save`` sees the results after each."""
+    """Every stage in turn, within so many seconds in all; ``save`` sees the results after each.
+
+    Args:
+        named: they were asked for by name: each may take all that is left, and not its limit alone.
+    """
     end = time.monotonic() + seconds
     results: list[Details] = []
     for stage in chosen:
@@ -150,7 +160,8 @@ def run_stages(
             )
             results.append({"name": stage.name, "status": LEFT_OUT, "reason": reason})
         else:
-            results.append(run_stage(stage, min(stage.seconds, left), folder))
+            limit = left if named else min(stage.seconds, left)
+            results.append(run_stage(stage, limit, folder))
         print(_line(results[-1]), flush=True)
         save(results)
     return results
@@ -241,7 +252,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--stages", nargs="+", default=[], metavar="NAME",
         help="build, equality, repeats, values, tests, step, ops (or ops:FAMILY), sanitizers (or "
-        "memcheck, racecheck, synccheck, initcheck); default: all",
+        "memcheck, racecheck, synccheck, initcheck, or memcheck:FAMILY); default: all. Each may "
+        "then take all of --seconds",
     )  # fmt: skip
     parser.add_argument("--seconds", type=float, help="of all stages together (540; full: 7200)")
     parser.add_argument(
@@ -313,7 +325,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 file.write(json.dumps(record, indent=1) + "\n")
 
         chosen = remaining(every, options.stages, before)
-        run_stages(chosen, options.seconds, Path(folder), save)
+        run_stages(chosen, options.seconds, Path(folder), save, named=bool(options.stages))
     print("\n".join(target_lines(record["targets"])))
     print(f"written to {path}")
     print(last_line(record), flush=True)

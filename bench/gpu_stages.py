@@ -19,7 +19,13 @@ STEP = ["--layers=12", "--aux-layers=4", "--hidden=768", "--heads=12", "--vocab=
 # Of bench.cases, which cannot be imported before the extension is built.
 FAMILIES = ("attention", "vocab_head", "layer_norm", "gelu", "rtd_head", "corruption", "loss")
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
-GROUPS = {"ops": [f"ops:{family}" for family in FAMILIES], "sanitizers": list(TOOLS)}
+OF_TOOL = {tool: [f"{tool}:{family}" for family in FAMILIES] for tool in TOOLS}
+# Names of several stages.
+GROUPS = {
+    "ops": [f"ops:{family}" for family in FAMILIES],
+    "sanitizers": [name for names in OF_TOOL.values() for name in names],
+    **OF_TOOL,
+}
 TEST_WORKERS = 4  # each has a context of its own on the one GPU
 
 Command = list[str]
@@ -30,7 +36,7 @@ Details = dict[str, Any]
 class Stage:
     """Commands that are run one after the other until one fails.
 
-    seconds: for all of them.
+    seconds: for all of them, where it is one of many; one that is asked for by name may take more.
     read: turns their output into what the JSON says beside the verdict; it raises ValueError where
         the output shows that nothing was checked.
     environment: variables on top of ours.
@@ -118,21 +124,22 @@ def _test_stage(folder: Path) -> Stage:
     return Stage("tests", [command], 150, lambda _: test_counts(report))
 
 
-def _sanitizer_stage(tool: str) -> Stage:
+def _sanitizer_stage(tool: str, family: str) -> Stage:
     options = ["--tool", tool, f"--error-exitcode={SANITIZER_FOUND}"]
-    if tool in ("racecheck", "synccheck"):  # not torch's kernels: minutes, and not ours to mend
+    # torch's kernels take minutes, and are not ours to mend; but initcheck has to see every kernel
+    # that writes what ours read.
+    if tool != "initcheck":
         options += ["--kernel-name", "kns=metro"]
     if tool == "memcheck":
         options += ["--report-api-errors", "no"]
-    # initcheck has to see every kernel that writes what ours read.
     # Every tensor an allocation of its own: a byte beyond one is then an error and not a neighbour.
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    command = ["compute-sanitizer", *options, *_cases("once")]
-    return Stage(tool, [command], 120, sanitizer, environment)
+    command = ["compute-sanitizer", *options, *_cases("once", "--family", family)]
+    return Stage(f"{tool}:{family}", [command], 60, sanitizer, environment)
 
 
-def _cases(what: str) -> Command:
-    return [sys.executable, "-m", "bench.gpu_cases", what, "--running-record"]
+def _cases(what: str, *words: str) -> Command:
+    return [sys.executable, "-m", "bench.gpu_cases", what, "--running-record", *words]
 
 
 def _ops_stage(family: str, seconds: float, full: bool) -> Stage:
@@ -161,7 +168,7 @@ def stages(capability: tuple[int, int], folder: Path, full: bool) -> list[Stage]
         _test_stage(folder),
         *(_ops_stage(family, seconds, full) for family, seconds in of_targets.items()),
         Stage("step", [step], 900 if full else 240, benchmark),
-        *(_sanitizer_stage(tool) for tool in TOOLS),
+        *(_sanitizer_stage(tool, family) for tool in TOOLS for family in FAMILIES),
         *(_ops_stage(family, 45, full) for family in FAMILIES if family not in of_targets),
     ]
 
@@ -173,8 +180,10 @@ def choose(every: Iterable[Stage], names: Sequence[str]) -> list[Stage]:
     wanted: set[str] = set()
     for name in names:
         if name not in GROUPS and name not in known:
+            names = [*GROUPS, *(stage for stage in known if ":" not in stage)]
             raise UserError(
-                f"--stages: there is no {name!r}; choose from {', '.join([*GROUPS, *known])}"
+                f"--stages: there is no {name!r}; choose from {', '.join(names)}, or ops and the "
+                f"sanitizers of one family, as ops:{FAMILIES[0]}: {', '.join(FAMILIES)}"
             )
         wanted.update(GROUPS.get(name, [name]))
     return [stage for stage in every if not names or stage.name in wanted]

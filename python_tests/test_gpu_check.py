@@ -83,6 +83,16 @@ def test_what_no_longer_fits_is_left_out(tmp_path):
     assert long["status"] == LEFT_OUT and "of the 600 s of --seconds were left" in long["reason"]
 
 
+def test_sanitizers_watch_our_kernels_and_one_family_each(tmp_path):
+    every = gpu_stages.stages((9, 0), tmp_path, full=False)
+    for stage in gpu_stages.choose(every, ["sanitizers"]):
+        (command,) = stage.commands
+        tool, family = stage.name.split(":")
+        assert command[command.index("--tool") + 1] == tool
+        assert ("kns=metro" in command) == (tool != "initcheck")
+        assert command[command.index("--family") + 1 :] == [family]
+
+
 def test_what_a_stage_had_is_kept_when_it_is_cut_off(tmp_path):
     """Of a benchmark and of checks; a last line that is only half there does not count."""
     lines = [json.dumps({"script": "ops", "cases": [{"name": n} for n in names]})
@@ -108,12 +118,16 @@ def test_stages_are_chosen_by_name_and_keep_their_order(tmp_path):
     assert gpu_stages.choose(every, []) == every
     names = [s.name for s in gpu_stages.choose(every, ["sanitizers", "ops", "build"])]
     assert names[0] == "build" and "step" not in names
-    assert [name for name in names if name.endswith("check")] == list(gpu_stages.TOOLS)
+    sanitizers = [f"{t}:{f}" for t in gpu_stages.TOOLS for f in gpu_stages.FAMILIES]
+    assert [name for name in names if "check:" in name] == sanitizers
+    racecheck = [s.name for s in gpu_stages.choose(every, ["racecheck"])]
+    assert racecheck == [name for name in sanitizers if name.startswith("racecheck:")]
+    assert [s.name for s in gpu_stages.choose(every, ["initcheck:gelu"])] == ["initcheck:gelu"]
     ops = [name for name in names if name.startswith("ops:")]
     assert sorted(ops) == sorted(f"ops:{family}" for family in gpu_stages.FAMILIES)
     (one,) = gpu_stages.choose(every, ["ops:gelu"])
     assert "gelu" in one.commands[0]
-    with pytest.raises(UserError, match="there is no 'memchek'; choose from ops, sanitizers, bui"):
+    with pytest.raises(UserError, match="there is no 'memchek'; choose from ops, sanitizers, mem"):
         gpu_stages.choose(every, ["memchek"])
     with pytest.raises(UserError, match="--seconds must be positive, found 0"):
         gpu_check.parse(["--seconds", "0"])
@@ -139,15 +153,17 @@ def test_the_commands_are_ones_that_the_scripts_know(tmp_path, full, monkeypatch
 
 def test_the_document_has_the_limits_of_the_stages(tmp_path):
     text = (REPOSITORY / "bench" / "gpu_check.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| ([\w:, ]+) \| (\d+)(?: each)? \|", text, re.MULTILINE)
+    rows = re.findall(r"^\| ([\w:, ]+) \| (\d+)(?: each| a family)? \|", text, re.MULTILINE)
     limits = {}
     for names, seconds in rows:
         first, *others = names.split(", ")
         group = first.split(":")[0] + ":" if ":" in first else ""
         limits |= {name: float(seconds) for name in (first, *(group + n for n in others))}
     every = gpu_stages.stages((9, 0), tmp_path, full=False)
+    limits = {s.name: limits[name] for name in limits for s in gpu_stages.choose(every, [name])}
     assert limits == {stage.name: stage.seconds for stage in every}
-    assert sum(limits.values()) <= 1800
+    (minutes,) = re.findall(r"limits together are (\d+) minutes", text)
+    assert sum(limits.values()) == 60 * int(minutes)
     commands = re.findall(r"^python bench/gpu_check.py (.*)$", text, re.MULTILINE)
     assert len(commands) >= 5
     for command in commands:
@@ -223,6 +239,19 @@ def test_every_case_runs_on_the_cpu(what, capsys):
     assert record["held"] >= 4 and not record["wrong"]
     running = [gpu_stages.checks(line)["held"] for line in lines[:-1]]
     assert running == list(range(1, record["held"] + 1))  # a line after each check
+
+
+def test_cases_are_chosen_by_family(capsys):
+    assert set(gpu_cases.CASES) | set(gpu_cases.OF_ONE_TYPE) == set(gpu_stages.FAMILIES)
+    of_all = [name for name, _ in gpu_cases.cases("cuda")]
+    of_each = [name for f in gpu_stages.FAMILIES for name, _ in gpu_cases.cases("cuda", [f])]
+    assert of_all == of_each and len(set(of_all)) == len(of_all)
+    assert gpu_cases.main(["once", "--device", "cpu", "--family", "corruption", "loss"]) == 0
+    checks = gpu_stages.last_json(capsys.readouterr().out)["checks"]
+    assert {name.split()[0] for name in checks} == {"corruption", "pretrain_loss"}
+    with pytest.raises(SystemExit):
+        gpu_cases.main(["values", "--device", "cpu", "--family", "loss"])
+    assert "--family is of repeats and once, not of values" in capsys.readouterr().err
 
 
 def test_every_operator_is_run_on_both_paths_of_its_kernel():

@@ -84,6 +84,20 @@ def test_a_second_call_goes_on_with_what_did_not_pass(gpu, capsys):
     assert read(gpu / "out" / "all.json")["step"] == LEFT_OUT
 
 
+def test_stages_that_are_named_may_take_all_the_seconds(gpu, monkeypatch):
+    limits = {}
+
+    def run_stage(stage: Stage, seconds: float, folder: Path) -> dict:
+        limits[stage.name] = seconds
+        return result(stage.name, PASSED)
+
+    monkeypatch.setattr(gpu_check, "run_stage", run_stage)
+    gpu_check.main(["--seconds", "9000"])
+    assert limits == {"build": 300, "equality": 300, "tests": 300}
+    gpu_check.main(["--seconds", "9000", "--stages", "tests"])
+    assert 8000 < limits["tests"] <= 9000
+
+
 def test_a_call_does_not_go_on_with_another_s_record(gpu):
     path = gpu / "gpu_check-some-gpu.json"
     with pytest.raises(UserError, match=r"--resume: .* cannot be read: No such file"):
