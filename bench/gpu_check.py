@@ -8,8 +8,8 @@ kernels: equal draws on CPU and GPU, the same bits when repeated, the values of 
 several chunks, every CUDA test; times attention, the vocabulary head, LayerNorm and the whole step
 beside their peers; looks for invalid memory access, races, wrong barriers and uninitialised memory
 under compute-sanitizer; and times the other operators. Each stage is a process of its own with a
-time limit; one that fails is recorded and the next goes on. A benchmark or a set of checks that is
-cut off leaves what it had.
+time limit; one that fails is recorded and the next goes on. A benchmark or a set of checks, under a
+sanitizer too, that is cut off leaves what it had; the tests leave the end of their output alone.
 
 All of it takes longer than the ``--seconds`` of one command: a stage that has less than half of its
 limit left is not begun, and ``--resume`` goes on where the record ends. One that ``--stages`` names
@@ -73,6 +73,9 @@ def run_stage(stage: Stage, seconds: float, folder: Path) -> Details:
     except (ValueError, OSError, ElementTree.ParseError) as error:
         if status == PASSED:
             status, reason = FAILED, str(error)
+    missing = [why for key, why in stage.required.items() if key not in details]
+    if status == PASSED and missing:
+        status, reason = FAILED, missing[0]
     result = {
         "name": stage.name,
         "status": status,

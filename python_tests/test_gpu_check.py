@@ -1,5 +1,6 @@
 """bench/gpu_check.py where there is no GPU: its stages, its record and its refusal."""
 
+import dataclasses
 import json
 import os
 import re
@@ -113,6 +114,28 @@ def test_what_a_stage_had_is_kept_when_it_is_cut_off(tmp_path):
     assert "held" not in cut_off("", gpu_stages.checks)
 
 
+def sanitizer_stage(folder: Path, code: str) -> Stage:
+    """As the check has it, but with a program of this code in the sanitizer's place."""
+    (stage,) = gpu_stages.choose(gpu_stages.stages((9, 0), folder, False), ["memcheck:loss"])
+    return dataclasses.replace(stage, commands=[python(code)])
+
+
+def test_a_sanitizer_that_is_cut_off_leaves_its_checks(tmp_path):
+    printed = tmp_path / "printed"
+    printed.write_text('========= COMPUTE-SANITIZER\n{"checks": {"a": "ok", "b": "bad"}}\n')
+    stage = sanitizer_stage(tmp_path, "")
+    stage = dataclasses.replace(stage, commands=[["sh", "-c", f"cat {printed}; exec sleep 600"]])
+    result = run(stage, tmp_path, seconds=2.0)
+    assert (result["status"], result["reason"]) == (TIMED_OUT, "took longer than 2 s")
+    assert (result["held"], result["wrong"]) == (1, {"b": "bad"}) and "summary" not in result
+
+
+def test_a_sanitizer_without_a_summary_has_not_passed(tmp_path):
+    result = run(sanitizer_stage(tmp_path, 'print(\'{"checks": {"a": "ok"}}\')'), tmp_path)
+    assert result["status"] == FAILED and "printed no summary" in result["reason"]
+    assert result["held"] == 1
+
+
 def test_stages_are_chosen_by_name_and_keep_their_order(tmp_path):
     every = gpu_stages.stages((9, 0), tmp_path, full=False)
     assert gpu_stages.choose(every, []) == every
@@ -193,7 +216,7 @@ def test_build_is_for_this_gpu_where_machine_code_is_shipped():
     "read, output, reason",
     [
         (gpu_stages.checks, '{"checks": {}}', "no check was made"),
-        (gpu_stages.sanitizer, '{"checks": {"a": "ok"}}', "printed no summary"),
+        (gpu_stages.sanitizer, "========= ERROR SUMMARY: 0 errors", "no check was made"),
         (gpu_stages.benchmark, "Traceback", "no case was measured"),
     ],
 )
@@ -206,8 +229,7 @@ def test_the_sanitizer_s_output_is_read(tmp_path):
     lines = '========= COMPUTE-SANITIZER\\n{"checks": {"a": "ok", "b": "bad"}}\\n'
     lines += "========= ERROR SUMMARY: 2 errors"
     code = f"print('{lines}'); raise SystemExit(86)"
-    stage = Stage("m", [python(code)], 30, gpu_stages.sanitizer)
-    result = run(stage, tmp_path)
+    result = run(sanitizer_stage(tmp_path, code), tmp_path)
     assert result["status"] == FAILED and result["reason"] == "the sanitizer found errors"
     assert result["summary"] == "ERROR SUMMARY: 2 errors"
     assert (result["held"], result["wrong"]) == (1, {"b": "bad"})
