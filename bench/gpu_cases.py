@@ -3,10 +3,10 @@
     python -m bench.gpu_cases repeats | equality | values | once [--device cuda] [--family NAME ...]
 
 ``repeats``: the same call gives the same bits. ``equality``: the CPU and the device draw the same
-masks, samples and dropout. ``values``: a vocabulary head whose rows take more than one chunk agrees
-with float64 (`bench.gpu_values`). ``once``: every case runs, for a sanitizer to watch. The last
-line is JSON, ``{"checks": {name: "ok" or what is wrong}}``; the exit code is 1 if anything is
-wrong.
+masks, samples and dropout. ``values``: at the sizes of training a vocabulary head agrees with
+float64 and attention with the CPU (`bench.gpu_values`). ``once``: every case runs, for a sanitizer
+to watch. The last line is JSON, ``{"checks": {name: "ok" or what is wrong}}``; the exit code is 1
+if anything is wrong.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bench.gpu_stages import FAMILIES
-from bench.gpu_values import OK, chunked_heads
+from bench.gpu_values import OK, value_checks
 from metro_ext.command_line import run
 from metro_ext.objective import IGNORED
 from metro_ext.ops import (
@@ -258,7 +258,7 @@ def checks_of(
 ) -> dict[str, Callable[[], str]]:
     """Each returns `OK` or what is wrong."""
     if what == "values":
-        return dict(chunked_heads(device))
+        return dict(value_checks(device))
     if what == "equality":
         return {name: lambda d=draw: _equality(d, device) for name, draw in DRAWS.items()}
     ask = {"repeats": _repeats, "once": _once}[what]

@@ -4,10 +4,10 @@
         [--output FILE.json]
 
 Builds the extension in place with nvcc against the torch that is installed, then asks of the
-kernels: equal draws on CPU and GPU, the same bits when repeated, the values of a batch that takes
-several chunks, every CUDA test; times attention, the vocabulary head, LayerNorm and the whole step
-beside their peers; looks for invalid memory access, races, wrong barriers and uninitialised memory
-under compute-sanitizer; and times the other operators. Each stage is a process of its own with a
+kernels: equal draws on CPU and GPU, the same bits when repeated, the values at the sizes of
+training, every CUDA test; times attention, the vocabulary head, LayerNorm and the whole step beside
+their peers; looks for invalid memory access, races, wrong barriers and uninitialised memory under
+compute-sanitizer; and times the other operators. Each stage is a process of its own with a
 time limit; one that fails is recorded and the next goes on. A benchmark or a set of checks, under a
 sanitizer too, that is cut off leaves what it had; the tests leave the end of their output alone.
 

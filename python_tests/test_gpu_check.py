@@ -310,6 +310,40 @@ def test_the_chunked_head_takes_more_than_one_chunk_on_either_device():
         assert gpu_values.ROWS[device] * gpu_values.VOCAB > int(factor) << int(shift)
 
 
+def test_attention_has_blocks_with_several_tiles_and_several_in_a_row_of_the_bias_gradient():
+    """By the constants and the sizes of csrc/attention."""
+    header = (REPOSITORY / "csrc" / "attention" / "attention.h").read_text()
+    (tile,) = re.findall(r" kAttentionTile = (\d+);", header)
+    (bias_rows,) = re.findall(r" kAttentionBiasRows = (\d+);", header)
+    cu_seqlens = gpu_values.attention_inputs("cpu")[2]
+    assert (cu_seqlens[-gpu_values.EMPTY - 1 :] == cu_seqlens[-1]).all()
+    lengths = gpu_values.attention_lengths()
+    tiles = -(-lengths // int(tile))
+    assert lengths.max() == gpu_values.LONGEST and 0 in lengths[: -gpu_values.EMPTY]
+    assert tiles.sum() > 2 * int(bias_rows)
+
+
+def test_a_wrong_value_of_attention_is_seen(monkeypatch):
+    given = gpu_values.attention_inputs("cpu")
+    right = gpu_values.attention_values(*given)
+    inputs = ("queries", "keys", "values", "bias")
+    assert list(right) == ["out", *(f"gradient of {name}" for name in inputs)]
+    right = {name: value.float() for name, value in right.items()}
+    assert gpu_values.attention_difference(right, right) == "ok"
+    for name, value in right.items():
+        wrong = value.clone()
+        wrong[0] *= 1.5  # one of thirty thousand tokens
+        found = gpu_values.attention_difference(right | {name: wrong}, right)
+        assert found.startswith(f"{name}: relative error")
+    calls = iter(range(10**6))  # a call depends on the calls before it, the device's on the CPU's
+    ours = gpu_values.attention
+    monkeypatch.setattr(
+        gpu_values, "attention", lambda *a, seed, p: ours(*a, seed=seed + next(calls), p=p)
+    )
+    assert gpu_values._compare_repeated_attention("cpu") == "out differs between two calls"
+    assert gpu_values._compare_attention("cpu").startswith("out: relative error")
+
+
 def test_a_difference_is_seen(monkeypatch, capsys):
     """As if the second device drew with another seed, and as if a call depended on the calls."""
     calls = iter(range(10**6))
