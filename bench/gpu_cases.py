@@ -22,8 +22,11 @@ from bench.gpu_values import OK, value_checks
 from metro_ext.command_line import run
 from metro_ext.objective import IGNORED
 from metro_ext.ops import (
+    HeadGradients,
+    TokenTable,
     attention,
     bias_gelu,
+    bias_gelu_linear,
     layer_norm,
     mask_tokens,
     pretrain_loss,
@@ -39,6 +42,9 @@ LENGTHS = (1, 0, 67, 130)  # of packed sequences: no tile is full, one is empty
 # Of the kernels' paths: element by element, and by vectors of 16 bytes.
 WIDTHS = (97, 768)
 VOCAB, MASK_ID = 1031, 4
+LOOKUPS = 4099  # beyond 3072 torch's backward pass of an embedding takes another kernel
+# Tokens to corrupt: less and more than the block that selects reads in a trip of its loop, 8192.
+LENGTHS_TO_CORRUPT = (4099, 9003)
 # Vectors, and more than one group of sample tiles (csrc/vocab_head/vocab_head_rows_cuda.cu).
 WIDE_VOCAB = 17408
 Results = tuple[Tensor, ...]
@@ -89,6 +95,16 @@ def _bias_gelu(device: str, dtype: torch.dtype, width: int) -> Results:
     )
 
 
+def _bias_gelu_linear(device: str, dtype: torch.dtype, width: int) -> Results:
+    """Its backward pass overwrites the gradient that the GELU's kernel reads."""
+    return _with_gradients(
+        bias_gelu_linear,
+        _normal(67, width).to(device, dtype),
+        _normal(width, seed=2).to(device),
+        _normal(96, width, seed=3).to(device),
+    )
+
+
 def _vocab_head(device: str, dtype: torch.dtype, vocab: int) -> Results:
     target = (torch.arange(67) * 15).to(device)
 
@@ -104,6 +120,25 @@ def _vocab_head(device: str, dtype: torch.dtype, vocab: int) -> Results:
     )
 
 
+def _token_table(device: str, dtype: torch.dtype, vocab: int) -> Results:
+    """A step's use of a token table: lookups, half of them of one token, and a tied head."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(5, vocab, (LOOKUPS,), generator=generator)
+    tokens[torch.randperm(LOOKUPS, generator=generator)[: LOOKUPS // 2]] = MASK_ID
+    tokens = tokens.to(device)
+    target = (torch.arange(67) * 15).to(device)
+    weight = (0.2 * _normal(vocab, 96)).to(device).requires_grad_()
+    bias = _normal(vocab, seed=2).to(device).requires_grad_()
+    table = TokenTable(weight, dtype)
+    rows = table.rows(tokens)
+    tied = HeadGradients(table.matrix, table.gradient)
+    scale = torch.ones((), device=device)
+    head = tied.vocab_head(rows[:67], bias, target, scale, _key(device))
+    others = (rows.float() * _normal(LOOKUPS, 96, seed=3).to(device)).sum()
+    loss = tied.attach(scale * head.nll.sum() + others)
+    return loss, *head, *torch.autograd.grad(loss, (weight, bias))
+
+
 def _rtd_head(device: str, dtype: torch.dtype, width: int) -> Results:
     label = (torch.arange(301) % 7 == 0).to(device, torch.uint8)
     return _with_gradients(
@@ -114,15 +149,15 @@ def _rtd_head(device: str, dtype: torch.dtype, width: int) -> Results:
     )
 
 
-def _corruption(device: str) -> Results:
+def _corruption(device: str, length: int) -> Results:
     """Masked tokens, positions, targets; corrupted tokens, labels."""
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(5, VOCAB, (4099,), generator=generator)
+    tokens = torch.randint(5, VOCAB, (length,), generator=generator)
     tokens[::97] = 0  # special: never masked
     tokens = tokens.to(device)
     special = torch.arange(5, device=device)
     masked, position, target = mask_tokens(
-        tokens, special, _key(device), count=614, mask_id=MASK_ID, vocab_size=VOCAB
+        tokens, special, _key(device), count=length * 15 // 100, mask_id=MASK_ID, vocab_size=VOCAB
     )
     sample = (target * 3 + position) % VOCAB
     sample = torch.where(target == IGNORED, 0, sample)
@@ -159,14 +194,23 @@ CASES: dict[str, dict[str, Case]] = {
         for size in HEAD_SIZES
         for p in (0.0, 0.1)
     },
-    "vocab_head": _sized("vocab_head", _vocab_head, (VOCAB, WIDE_VOCAB)),
+    "vocab_head": {
+        **_sized("vocab_head", _vocab_head, (VOCAB, WIDE_VOCAB)),
+        **_sized("token_table", _token_table, (VOCAB, WIDE_VOCAB)),
+    },
     "layer_norm": _sized("layer_norm", _layer_norm, (*WIDTHS, 3000)),
-    "gelu": _sized("bias_gelu", _bias_gelu, WIDTHS),
+    "gelu": {
+        **_sized("bias_gelu", _bias_gelu, WIDTHS),
+        **_sized("bias_gelu_linear", _bias_gelu_linear, WIDTHS),
+    },
     "rtd_head": _sized("rtd_head", _rtd_head, WIDTHS),
 }
 # Those that are of no dtype.
 OF_ONE_TYPE: dict[str, dict[str, Callable[[str], Results]]] = {
-    "corruption": {"corruption": lambda device: _corruption(device)},
+    "corruption": {
+        f"corruption {length}": lambda device, n=length: _corruption(device, n)
+        for length in LENGTHS_TO_CORRUPT
+    },
     "loss": {"pretrain_loss": lambda device: _loss(device)},
 }
 
@@ -238,7 +282,10 @@ def _samples(device: str, dtype: torch.dtype) -> Results:
 
 
 DRAWS: dict[str, Callable[[str], Results]] = {
-    "masks and corrupted tokens": _corruption,
+    **{
+        f"masks and corrupted tokens {length}": lambda device, n=length: _corruption(device, n)
+        for length in LENGTHS_TO_CORRUPT
+    },
     "samples fp32": lambda device: _samples(device, torch.float32),
     "samples bf16": lambda device: _samples(device, torch.bfloat16),
     "dropout of layer_norm": _dropped_by_layer_norm,

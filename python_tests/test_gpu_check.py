@@ -282,7 +282,8 @@ def test_cases_are_chosen_by_family(capsys):
 def test_every_operator_is_run_on_both_paths_of_its_kernel():
     names = [name for name, _ in gpu_cases.cases("cpu")]
     for label in ("layer_norm 97", "layer_norm 768", "bias_gelu 97", "bias_gelu 768", "rtd_head 97",
-                  "rtd_head 768", "vocab_head 1031", "vocab_head 17408"):  # fmt: skip
+                  "rtd_head 768", "vocab_head 1031", "vocab_head 17408", "token_table 1031",
+                  "bias_gelu_linear 97", "bias_gelu_linear 768"):  # fmt: skip
         assert {f"{label} fp32", f"{label} bf16"} <= set(names)
 
 
