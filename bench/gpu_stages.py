@@ -26,6 +26,9 @@ GROUPS = {
     "sanitizers": [name for names in OF_TOOL.values() for name in names],
     **OF_TOOL,
 }
+# python_tests/test_*: of the operators, as the training tests do not gain from a second device.
+GPU_TESTS = (*FAMILIES, "linear", "token_table", "cuda_graph")
+GPU_TEST_WORDS = ("cuda", "devices_may_not_be_mixed")  # in the name of a test that needs a GPU
 TEST_WORKERS = 4  # each has a context of its own on the one GPU
 
 Command = list[str]
@@ -115,12 +118,10 @@ def build_commands(capability: tuple[int, int]) -> list[Command]:
 
 
 def _test_stage(folder: Path) -> Stage:
-    """Tests of the operators by name, as the training tests do not gain from a second device."""
-    names = [*FAMILIES, "linear", "token_table", "cuda_graph"]
-    files = [f"python_tests/test_{name}.py" for name in names]
+    files = [f"python_tests/test_{name}.py" for name in GPU_TESTS]
     report = folder / "tests.xml"
     workers = ["-n", str(TEST_WORKERS)] if importlib.util.find_spec("xdist") else []
-    command = [sys.executable, "-m", "pytest", *workers, "-k", "cuda or devices_may_not_be_mixed",
+    command = [sys.executable, "-m", "pytest", *workers, "-k", " or ".join(GPU_TEST_WORDS),
                f"--junitxml={report}", *files]  # fmt: skip
     return Stage("tests", [command], 150, lambda _: test_counts(report))
 

@@ -210,6 +210,23 @@ def test_tests_run_side_by_side_where_pytest_can(tmp_path, monkeypatch):
     assert "-n" not in command()
 
 
+def test_every_test_that_asks_for_a_gpu_is_run():
+    """By what the files say: the devices of op_checks, or the reason of a skip."""
+    files = set()
+    for path in (REPOSITORY / "python_tests").glob("test_*.py"):
+        text = path.read_text(encoding="utf-8")
+        of_gpus = re.findall(
+            r'reason="needs a GPU"\)$.*?^def (\w+)', text, re.MULTILINE | re.DOTALL
+        )
+        for name in of_gpus:
+            test = f"{path.name}::{name}"
+            assert any(word in test for word in gpu_stages.GPU_TEST_WORDS), test
+        imported = r"^from op_checks import (?:\([^)]*|.*)\bDEVICE(?:S|_DTYPES)\b"
+        if of_gpus or re.search(imported, text, re.MULTILINE):
+            files.add(path.stem.removeprefix("test_"))
+    assert files == set(gpu_stages.GPU_TESTS)
+
+
 def test_build_is_for_this_gpu_where_machine_code_is_shipped():
     assert "-DMETRO_CUDA_ARCHITECTURES=90a-real" in gpu_stages.build_commands((9, 0))[0]
     assert not any("ARCHITECTURES" in word for word in gpu_stages.build_commands((12, 0))[0])
