@@ -255,6 +255,7 @@ def gpu_section(sources: Sequence[Source]) -> str:
         parts.append(markdown(["stage", "result", "seconds", "found"], rows, ["result", "found"]))
         if targets := record.get("targets"):
             parts += ["What the kernels are meant to reach on an H200:", _targets_table(targets)]
+            parts += [f"{t['what']}: {t['note']}." for t in targets if t.get("note")]
     return "\n\n".join(parts)
 
 

@@ -223,6 +223,9 @@ def test_targets_are_looked_up_in_the_record():
         assert found[what]["found"] == (None if value is None else pytest.approx(value, rel=1e-5))
     lines = "\n".join(target_lines(found.values()))
     assert lines.count("not measured") == 4 and "met" in lines and "missed" in lines
+    noted = [what for what, target in found.items() if "note" in target]
+    assert noted == ["attention forward, time over that without a bias"]
+    assert "`sdpa no bias`" in lines
 
 
 def test_without_a_graph_the_eager_step_counts():

@@ -55,7 +55,8 @@ def gpu_check() -> dict:
         {"name": "step", "status": "passed", "seconds": 1, "record": step("cuda")},
     ]  # fmt: skip
     targets = [{"what": "step, tokens/s", "bound": ">= 470000", "found": 512345.0, "met": True},
-               {"what": "attention", "bound": ">= 300", "found": None, "met": None}]  # fmt: skip
+               {"what": "attention", "bound": ">= 300", "found": None, "met": None,
+                "note": "weak"}]  # fmt: skip
     return {"script": "gpu_check", "date": "2026-01-02T03:04:05+00:00", "commit": "abcdef",
             "device": "Some GPU", "torch": "2.13.0", "cuda": "13.0", "stages": stages,
             "targets": targets}  # fmt: skip
@@ -115,6 +116,7 @@ def test_a_gpu_check_fills_every_section(tmp_path):
     assert row(text, "memcheck")[3] == "it broke; 1 held; not: bias_gelu bf16"
     assert row(text, "step, tokens/s")[1:] == [">= 470000", "512,345", "met"]
     assert row(text, "attention")[1:] == [">= 300", "", "not measured"]
+    assert "\nattention: weak.\n" in text
     # The commit of the check is that of its benchmarks, which may not have known theirs.
     assert text.count("commit abcdef") == 3 and "commit abc," not in text
 
