@@ -248,5 +248,6 @@ def test_the_profile_books_every_product_and_operator():
     (record,) = records("bench/step_profile.py", *TINY_STEP, "--precision", "fp32")
     whole, *parts = record["cases"]
     assert whole["ours"] > 0
-    assert sum(part["figures"]["share_of_step"] for part in parts) == pytest.approx(1)
+    shares = [part["figures"]["share_of_step"] for part in parts]  # of six digits each
+    assert sum(shares) == pytest.approx(1, rel=1e-5)
     assert {"attention", "layer_norm", "vocabulary heads", "AdamW"} <= {p["name"] for p in parts}
