@@ -189,7 +189,7 @@ def draw(table: dict, path: Path) -> None:
         x = [i + (place - (len(table) - 1) / 2) * width for i, _ in shown]
         axes.bar(x, middle, width=0.9 * width, yerr=spread, capsize=2, label=objective)
     axes.set_xticks(range(len(keys)), keys, rotation=20, ha="right")
-    axes.set_ylabel("per cent; median over seeds, whiskers their range")
+    axes.set_ylabel("per cent (median and range)")
     axes.legend()
     with atomic_write(path) as file:
         picture.savefig(file, format="png", dpi=120)
