@@ -5,9 +5,10 @@
 One axis varies at a time around a small model. Every point is a process of its own, so that its
 peak memory is its own; ``ours`` is the median time of a step. For each axis the record states the
 exponent b of a least-squares fit  time = a · size^b  in logarithms, and the same exponent of the
-step's useful FLOPs (`metro_ext.presets.flops_per_token`) over the same sizes: what theory says
-where matrix products are all there is. Memory is fitted with its least value taken off, as the
-process itself and the model are in every point. Writes NAME.json and NAME.png.
+step's useful FLOPs (`metro_ext.presets.flops_per_token`), of each thread, over the same sizes: what
+theory says where matrix products are all there is. Peak memory stands beside what `metro_ext.plan` expects of
+weights, gradients, moments and activations; both are fitted with their least value taken off, as
+the process itself and much of the model are in every point. Writes NAME.json and NAME.png.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from bench.workers import Worker
 from metro_ext.atomic import atomic_write
 from metro_ext.command_line import run
 from metro_ext.errors import UserError
+from metro_ext.plan_memory import Layout, peak_memory
 from metro_ext.presets import flops_per_token
 
 BASE = {
@@ -41,6 +43,7 @@ AXES: dict[str, tuple[int, ...]] = {
     "hidden": (128, 256, 512, 1024),
     "threads": (1, 2),
 }
+RECOMPUTE = "norms"  # the default of run.recompute
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -84,12 +87,22 @@ def exponent(sizes: Sequence[float], values: Sequence[float]) -> float | None:
     return sum((x - mean_x) * (y - mean_y) for x, y in points) / square
 
 
+def growth_exponent(sizes: Sequence[float], values: Sequence[float]) -> float | None:
+    """`exponent` of what each value has beyond the least."""
+    least = min(values, default=0.0)
+    return exponent(sizes, [value - least for value in values])
+
+
 def measure_point(axis: str, size: int, options: argparse.Namespace) -> tuple[Case, float]:
     """A point and its useful FLOPs."""
     words = arguments(axis, size, options.precision)
     shape = step.parse(words)
     model, objective, _ = step.configs(shape)
     flops = shape.tokens * flops_per_token(model, objective)
+    if axis == "threads":
+        flops /= size
+    layout = Layout("ddp", 1, RECOMPUTE, shape.tokens // shape.seq, 1)
+    planned = peak_memory(model, objective, options.precision, layout, device="cpu").total / 1e6
     with Worker("bench.step", "ours", words) as worker:
         worker.call("prepare")
         times = interleave({"ours": lambda: worker.call("step")}, options.rounds, options.warmup)
@@ -99,8 +112,10 @@ def measure_point(axis: str, size: int, options: argparse.Namespace) -> tuple[Ca
         ours=medians(times)["ours"],
         peak_mb=peak,
         spread={"ours": (min(times["ours"]), max(times["ours"]))},
-        figures={"axis": axis, "size": size, "gflop": flops / 1e9},
-    )
+        figures={
+            "axis": axis, "size": size, "gflop_of_a_thread": flops / 1e9, "planned_mb": planned,
+        },
+    )  # fmt: skip
     return case, flops
 
 
@@ -111,11 +126,13 @@ def measure(options: argparse.Namespace) -> list[Case]:
         points = [measure_point(axis, size, options) for size in sizes]
         for case, _ in points:
             print(f"measured {case.name}", file=sys.stderr, flush=True)
-        least = min((case.peak_mb for case, _ in points), default=0.0)
         fits = {
             "time_exponent": exponent(sizes, [case.ours for case, _ in points]),
             "flops_exponent": exponent(sizes, [flops for _, flops in points]),
-            "memory_exponent": exponent(sizes, [case.peak_mb - least for case, _ in points]),
+            "memory_exponent": growth_exponent(sizes, [case.peak_mb for case, _ in points]),
+            "planned_exponent": growth_exponent(
+                sizes, [case.figures["planned_mb"] for case, _ in points]
+            ),
         }
         for case, _ in points:
             case.figures.update(fits)
@@ -135,15 +152,24 @@ def plot(cases: Sequence[Case], path: Path) -> None:
         label = "" if fit is None else f"measured: size^{fit:.2f}"
         row[0].loglog(sizes, [case.ours for case in points], "o-", color="#0072B2", label=label)
         if theory is not None:
-            flops = [case.figures["gflop"] for case in points]
+            flops = [case.figures["gflop_of_a_thread"] for case in points]
             scaled = [points[-1].ours * value / flops[-1] for value in flops]
             row[0].loglog(sizes, scaled, "--", color="#666666", label=f"FLOPs: size^{theory:.2f}")
         row[0].legend(frameon=False)
         row[0].set_ylabel("s a step")
-        row[1].loglog(sizes, [case.peak_mb for case in points], "o-", color="#D55E00")
+        row[1].loglog(sizes, [c.peak_mb for c in points], "o-", color="#D55E00", label="measured")
+        planned = [case.figures["planned_mb"] for case in points]
+        row[1].loglog(sizes, planned, "--", color="#666666", label="planned, without the process")
+        row[1].legend(frameon=False)
         row[1].set_ylabel("peak MB")
         for panel in row:
             panel.set_xlabel(axis)
+            panel.set_xticks(sizes, [f"{s // 1024}K" if s % 1024 == 0 else str(s) for s in sizes])
+            panel.minorticks_off()
+            low, high = panel.get_ylim()
+            marks = [m * 10**e for e in range(-3, 6) for m in (1, 2, 3, 5)]
+            marks = [mark for mark in marks if low <= mark <= high]
+            panel.set_yticks(marks, [f"{mark:g}" for mark in marks])
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     with atomic_write(path, "wb") as file:

@@ -263,6 +263,7 @@ def machine(threads: int | None = None) -> dict[str, Any]:
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count(),
         "isa": _instruction_set(),
+        "malloc": _allocator(),
         "memory_gb": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,
@@ -278,6 +279,12 @@ def _instruction_set() -> str | None:
     except ImportError:
         return None
     return _C.cpu_isa()
+
+
+def _allocator() -> str:
+    """The C library's, or what stands in for it: the peak of a process is also its allocator's."""
+    preloaded = os.environ.get("LD_PRELOAD", "")
+    return " ".join((*(Path(name).name for name in preloaded.split()), *platform.libc_ver()))
 
 
 def _cpu_model() -> str:

@@ -99,7 +99,8 @@ def _place(source: Source) -> str:
     machine = source.record["machine"]
     if source.device == "cuda":
         return machine["gpu"]
-    return f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']}"
+    preloaded = "".join(f", {w}" for w in machine.get("malloc", "").split() if ".so" in w)
+    return f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']}{preloaded}"
 
 
 def _where(source: Source) -> str:
@@ -306,9 +307,36 @@ def _resources(group: Sequence[Mapping[str, Any]], targets: Sequence[str]) -> li
     return cells
 
 
+def growth_section(sources: Sequence[Source]) -> str:
+    """A row an axis: time and memory by size, and the exponents beside those of theory."""
+    parts = []
+    for source in sources:
+        if source.script != "growth":
+            continue
+        axes: dict[str, list[Mapping[str, Any]]] = {}
+        for case in source.record["cases"]:
+            axes.setdefault(case["figures"]["axis"], []).append(case)
+        rows = []
+        for axis, cases in axes.items():
+            figures = cases[0]["figures"]
+            fits = [_number(figures[f"{key}_exponent"]) for key in
+                    ("time", "flops", "memory", "planned")]  # fmt: skip
+            rows.append([
+                axis, "; ".join(str(case["figures"]["size"]) for case in cases),
+                "; ".join(seconds_text(case["ours"]) for case in cases),
+                *fits[:2], "; ".join(f"{case['peak_mb']:,.0f}" for case in cases), *fits[2:],
+            ])  # fmt: skip
+        header = ["axis", "sizes", "time", "its exponent", "that of FLOPs a thread", "peak MB",
+                  "its exponent ", "that of the planned bytes"]  # fmt: skip
+        plot = source.file.replace(".json", ".png")
+        parts += [_where(source), markdown(header, rows), f"![Time and memory by size]({plot})"]
+    title = "## Growth of a step with its size\n\nFits of size^exponent; memory beyond the least."
+    return "\n\n".join([title, *parts]) if parts else ""
+
+
 def other_section(sources: Sequence[Source]) -> str:
     """Results of scripts that have no table of their own: their cases and figures."""
-    known = {"step", "ops", "gpu_check", "cuda_resources"}
+    known = {"step", "ops", "growth", "gpu_check", "cuda_resources"}
     parts = []
     for source in sources:
         if source.script in known:
@@ -341,6 +369,7 @@ def report(sources: Sequence[Source]) -> str:
         "# Results\n\nMade by `python bench/report.py` from the JSON files beside it. Times are "
         "medians over interleaved rounds of one run.",
         step_section(sources),
+        growth_section(sources),
         ops_section(operators(sources)),
         gpu_section(sources),
         resources_section(sources),

@@ -35,7 +35,7 @@ CASE_KEYS = {
     "name", "ours", "peers", "ratio", "ratios", "lesser", "floor_seconds", "floor_share",
     "peak_mb", "peers_peak_mb", "peak_ratios", "spread", "figures",
 }  # fmt: skip
-MACHINE_KEYS = {"cpu", "cores", "isa", "memory_gb", "gpu", "torch", "python", "threads"}
+MACHINE_KEYS = {"cpu", "cores", "isa", "malloc", "memory_gb", "gpu", "torch", "python", "threads"}
 
 TINY_WORKER = """
 import os, signal, sys

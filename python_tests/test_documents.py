@@ -140,6 +140,8 @@ STEPS = {
     "12 × 256, auxiliary": "step-bf16",
     "the same, float32": "step-fp32",
     "12 × 768, auxiliary": "step-base-512-bf16",
+    "12 × 256, AVX2": "step-fp32-avx2",
+    "the same, tcmalloc": "step-fp32-avx2-tcmalloc",
 }
 BOTH = "bf16 forward + backward"
 OPERATORS = {

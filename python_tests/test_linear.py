@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import reference
 import torch
@@ -28,6 +30,20 @@ def test_bias_gelu_linear_matches_reference(device, dtype):
 
     inputs = tensors(device, dtype, (37, 24), (24,), (10, 24))
     check_against_reference(bias_gelu_linear, expected, inputs, dtype)
+
+
+@pytest.mark.parametrize("widens", [False, True])
+def test_bfloat16_products_on_any_cpu(monkeypatch, widens):
+    """A sum of 600 exact products, rounded once: within half a unit of the last place."""
+    module = sys.modules[linear.__module__]
+    monkeypatch.setattr(module, "WIDENS_BFLOAT16", widens)
+    x, weight, bias = tensors("cpu", torch.bfloat16, (5, 600), (7, 600), (7,))
+    weight, bias = weight.bfloat16().float(), bias.bfloat16().float()
+    out = linear(x, weight, bias)
+    expected = x.double() @ weight.double().t() + bias.double()
+    assert out.dtype == torch.bfloat16
+    # Half a unit in the last of 8 bits, and what float32 sums lose on 600 terms of size one.
+    assert ((out.double() - expected).abs() <= 2**-8 * expected.abs() + 1e-4).all()
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -143,6 +143,19 @@ def test_other_scripts_show_their_numbers(tmp_path):
     assert "`odd.json`" in text
 
 
+def test_growth_is_a_row_an_axis(tmp_path):
+    fits = {"time_exponent": 0.98, "flops_exponent": 1.0, "memory_exponent": 1.1,
+            "planned_exponent": None}  # fmt: skip
+    cases = [
+        Case(f"tokens {n}", n / 2, peak_mb=n * 1000.0, figures={"axis": "tokens", "size": n, **fits})
+        for n in (2, 8)
+    ]
+    text = page(tmp_path, big=ops(*(c.to_json() for c in cases)) | {"script": "growth"})
+    cells = ["tokens", "2; 8", "1.000 s; 4.000 s", "0.98", "1.00", "2,000; 8,000", "1.10", ""]
+    assert row(text, "tokens") == cells
+    assert "![Time and memory by size](big.png)" in text
+
+
 def test_mistakes_get_a_sentence(tmp_path):
     with pytest.raises(UserError, match="there are no results"):
         report.read(tmp_path)
