@@ -6,9 +6,9 @@ One axis varies at a time around a small model. Every point is a process of its 
 peak memory is its own; ``ours`` is the median time of a step. For each axis the record states the
 exponent b of a least-squares fit  time = a · size^b  in logarithms, and the same exponent of the
 step's useful FLOPs (`metro_ext.presets.flops_per_token`), of each thread, over the same sizes: what
-theory says where matrix products are all there is. Peak memory stands beside what `metro_ext.plan` expects of
-weights, gradients, moments and activations; both are fitted with their least value taken off, as
-the process itself and much of the model are in every point. Writes NAME.json and NAME.png.
+theory says where matrix products are all there is. Peak memory stands beside what `metro_ext.plan`
+expects of weights, gradients, moments and activations; both are fitted with their least value taken
+off, as the process itself and much of the model are in every point. Writes NAME.json and NAME.png.
 """
 
 import argparse

@@ -33,7 +33,8 @@ def test_plot_writes_a_picture(tmp_path):
             ours=1e-3 * size,
             peak_mb=100.0 + size,
             figures={
-                "axis": "tokens", "size": size, "gflop_of_a_thread": size / 10, "planned_mb": size / 20,
+                "axis": "tokens", "size": size, "gflop_of_a_thread": size / 10,
+                "planned_mb": size / 20,
                 "time_exponent": 1.0, "flops_exponent": 1.0, "memory_exponent": None,
             },
         )

@@ -147,7 +147,7 @@ def test_growth_is_a_row_an_axis(tmp_path):
     fits = {"time_exponent": 0.98, "flops_exponent": 1.0, "memory_exponent": 1.1,
             "planned_exponent": None}  # fmt: skip
     cases = [
-        Case(f"tokens {n}", n / 2, peak_mb=n * 1000.0, figures={"axis": "tokens", "size": n, **fits})
+        Case(f"tokens {n}", n / 2, peak_mb=1e3 * n, figures={"axis": "tokens", "size": n, **fits})
         for n in (2, 8)
     ]
     text = page(tmp_path, big=ops(*(c.to_json() for c in cases)) | {"script": "growth"})
