@@ -132,6 +132,7 @@ def compressed(data: bytes) -> dict[str, bytes]:
 
 
 def main() -> None:
+    sys.modules["fuzz"] = sys.modules["__main__"]  # so that the targets have the `record` of below
     from fuzz_targets import TARGETS
 
     global record
@@ -141,7 +142,6 @@ def main() -> None:
         (folder / name).mkdir()
         targets[name] = TARGETS[name](folder / name)
     record = Record(folder / "input")
-    sys.modules["fuzz"] = sys.modules["__main__"]
     limit_memory()
     try:
         for name, target in targets.items():
