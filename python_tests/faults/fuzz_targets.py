@@ -9,6 +9,7 @@ import unittest.mock
 from pathlib import Path
 
 import fuzz
+import sentencepiece
 import torch
 from corpora import make_corpus, small_tokenizer
 from fuzz_operators import operators
@@ -23,8 +24,9 @@ from metro_ext.corpus import Corpus
 from metro_ext.corpus_build import build_corpus, work_folder
 from metro_ext.made_from import MadeFrom, text_files
 from metro_ext.monitor import read_records
+from metro_ext.sample_text import sample_paths
 from metro_ext.text_files import read_paragraphs
-from metro_ext.tokenizer import Tokenizer
+from metro_ext.tokenizer import Tokenizer, train_tokenizer
 from metro_ext.tokenizer_json import (
     CHARACTER_MAP,
     NORMALIZER_SPEC,
@@ -139,24 +141,39 @@ def tokenizer(folder: Path) -> fuzz.Target:
 
 def tokenizer_tables(folder: Path) -> fuzz.Target:
     """What is read out of a model besides: the character map, the merges, whether words split."""
-    good = small_tokenizer(300).model
+    good = _with_a_small_map(folder).model
     path = folder / "t.model"
     character_map = message_fields(message_fields(good)[NORMALIZER_SPEC])[CHARACTER_MAP]
     begin = good.index(character_map)
+    end = begin + len(character_map)
 
     def target(chance: random.Random) -> None:
-        data = fuzz.mutated(good, chance)
-        if chance.random() < 0.5:  # damage in the character map, which most bytes are not in
-            place = begin + int(len(character_map) * chance.random() ** 3)
-            edited = fuzz.mutated(good[place : place + 64], chance)[:64].ljust(64, b"\0")
-            data = good[:place] + edited + good[place + 64 :]
+        if chance.random() < 0.5:  # of the same size, so that sentencepiece takes it
+            edited = fuzz.mutated(character_map, chance)
+            data = good[:begin] + edited[: end - begin].ljust(end - begin, b"\0") + good[end:]
+        else:
+            data = fuzz.mutated(good, chance)
         fuzz.record(data)
         path.write_bytes(data)
         loaded = Tokenizer.load(path)
-        WordEncoder(loaded).encode(["one little girl", "\u2581 two  words"])
+        WordEncoder(loaded).encode(["One little girl", "\u2581 two  \u2460words"])
         tokenizer_document(loaded)
 
     return target
+
+
+def _with_a_small_map(folder: Path) -> Tokenizer:
+    """A tokenizer whose character map has a few keys: its own takes a second to read."""
+    rules = folder / "rules.tsv"
+    rules.write_text("41\t61\n41 301\t61 301\nC9\t65 301\n2460\t31\n2460 200D\t31\n200B\t\n")
+    train = sentencepiece.SentencePieceTrainer.train
+
+    def with_rules(**options) -> None:
+        del options["normalization_rule_name"]
+        train(**options, normalization_rule_tsv=str(rules))
+
+    with unittest.mock.patch("sentencepiece.SentencePieceTrainer.train", with_rules):
+        return train_tokenizer([sample_paths()[1]], 400)
 
 
 def build_files(folder: Path) -> fuzz.Target:
