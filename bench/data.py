@@ -38,7 +38,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # for `python bench/data.py`
 
-from bench.harness import Case, emit
+from bench.harness import Case, emit, table
 from bench.timing import interleave, medians
 from bench.workers import Worker, serve
 from metro_ext.command_line import run
@@ -280,6 +280,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for size in options.sizes:
             shutil.rmtree(place / "corpus", ignore_errors=True)
             cases.append(build_case(place, size, options.dedup))
+            print(table(cases[-1:]), file=sys.stderr, flush=True)  # the next one may take an hour
         if not options.only_build:
             cases += batch_cases(folder, place / "corpus")
         threads = len(os.sched_getaffinity(0))
