@@ -85,7 +85,8 @@ def test_too_many_in_a_row_on_one_rank(server, text, tmp_path):
 
 def test_a_skipped_step_of_relaxed_ranks(server, text, tmp_path):
     """The same between two outer steps of relaxed ranks: one skips, the outer step is finite"""
-    argv = [*text, "--sync=relaxed", "--sync.interval=6", "--sync.warmup_steps=6"]
+    argv = [*text, "--sync=relaxed", "--sync.interval=6", "--sync.warmup_steps=6",
+            "--run.eval_interval=6", "--run.checkpoint_interval=6"]  # fmt: skip
     fault = {"gradient": {"steps": [8, 9], "value": "nan"}}
     Ranks(server, tmp_path / "run", argv, fault_on=1, **fault).end(0, 0)
     found = read_records(tmp_path / "run" / "metrics.jsonl")
