@@ -7,7 +7,8 @@ default ``../shared/data``), trains 4 × 256 (auxiliary 2 × 256) on sequences o
 ``python -m metro_ext.train``, and reports the last evaluation on ``books-valid.txt.xz``: every
 window of it, beside the unigram model of the training text on the same masked tokens. ``ours`` is
 the run's time in seconds, ``peak_mb`` its resident memory at its peak; ``figures`` hold the
-evaluation and the command. The plot goes beside the JSON.
+evaluation, the share of the time in which training stood still for a batch (``data_wait``) and the
+command. The plot goes beside the JSON.
 """
 
 import argparse
@@ -82,6 +83,13 @@ def prepare(folder: Path, vocab_size: int = 4096) -> list[str]:
     return [*data, f"--data.tokenizer={model}"]
 
 
+def data_wait(run_folder: Path) -> float:
+    """The share of a run's time, without evaluations and checkpoints, spent waiting for batches."""
+    intervals = [json.loads(line) for line in (run_folder / "timing.jsonl").open()]
+    waited = sum(one["data_wait"] * one["seconds"] for one in intervals)
+    return waited / sum(one["seconds"] for one in intervals)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python bench/books.py", description=__doc__)
     parser.add_argument("--objective", default="metro")
@@ -101,6 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     figures = dict(held_out[-1])
     share = figures["mlm_perplexity"] / figures["unigram_perplexity"]
     figures["perplexity_over_unigram"] = share
+    figures["data_wait"] = data_wait(run_folder)
     command = shlex.join(["python", "-m", *words]).replace(str(folder), str(options.folder))
     figures["command"] = command
     name = f"books-10m {options.objective} 4x256 aux 2x256 vocabulary 4096 {options.steps} steps"

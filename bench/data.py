@@ -1,6 +1,7 @@
 """Text to token ids and token ids to batches: speed beside Hugging Face tokenizers, and memory.
 
     python bench/data.py [--megabytes 20] [--sizes 1000 3000] [--output data.json]
+    python bench/data.py --only-build --dedup --sizes 1000 10000 --output data-scale.json
 
 Text is the beginning of ``books-more.txt.xz`` (in ``METRO_DATA``, default ``../shared/data``),
 repeated where it is too short; the vocabularies of 32000, uncased, are trained on
@@ -10,8 +11,12 @@ repeated where it is too short; the vocabularies of 32000, uncased, are trained 
   core, as in ``corpus build``. The peers are ``encode_batch_fast`` with a thread a core: a BPE of
   the same size of tokenizers' own (NFKC, lower case, byte level), and the export of our vocabulary,
   which gives our ids. A warm-up round has filled everybody's caches.
-- ``corpus build``: the whole command, from a text file to a corpus on disk; ``peak_mb`` is the
-  resident memory of all its processes together. Of two sizes.
+- ``corpus build``: the whole command, from a text file to a corpus on disk. ``peak_mb`` is the
+  resident memory of all its processes together, looked at 20 times a second;
+  ``high_water_mb`` adds up the most that each of them ever had (VmHWM), so no peak can be higher.
+  A page that processes share counts in each. With ``--dedup`` a paragraph is a document (hundreds
+  of thousands a copy of the text, of which those without the word that changes repeat) and
+  duplicates are dropped.
 - ``first batch``: from the opening of the larger corpus to a batch of 16 x 512 tokens, in a process
   of its own, at step 0 and at step 10^6; and the time of a batch after that.
 """
@@ -21,6 +26,7 @@ import itertools
 import json
 import lzma
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -32,7 +38,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # for `python bench/data.py`
 
-from bench.harness import Case, emit
+from bench.harness import Case, emit, table
 from bench.timing import interleave, medians
 from bench.workers import Worker, serve
 from metro_ext.command_line import run
@@ -180,38 +186,61 @@ def family(pid: int) -> list[int]:
     return found
 
 
-def resident(pid: int) -> int:
+def resident(pid: int) -> tuple[int, int]:
+    """Bytes that a process has in memory, and the most that it had."""
     try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, IndexError):
-        return 0
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        found = dict(line.split(":", 1) for line in lines if line.startswith(("VmRSS", "VmHWM")))
+        now, most = (int(found[name].split()[0]) << 10 for name in ("VmRSS", "VmHWM"))
+        return now, most
+    except (OSError, KeyError):  # gone meanwhile
+        return 0, 0
 
 
-def build_case(folder: Path, megabytes: int) -> Case:
-    text, output = folder / f"{megabytes}.txt", folder / f"corpus-{megabytes}"
+def write_text(path: Path, megabytes: int, paragraphs: bool) -> None:
+    """The text of `books-more`, over and over; copies differ, as further books would."""
     content = text_of("books-more.txt.xz")
+    if paragraphs:  # a document each
+        content = content.replace("\n\n", "\n").replace("\n", "\n\n")
     size = 0
-    with open(text, "w", encoding="utf-8") as file:
+    with open(path, "w", encoding="utf-8") as file:
         for copy in itertools.count():
-            # Copies differ, as further books would: new words, and no duplicates.
             changed = content.replace(" the ", f" the{copy} ")[: megabytes * 10**6 - size]
             size += file.write(changed + "\n\n")
             if size >= megabytes * 10**6:
-                break
+                return
+
+
+def build_case(folder: Path, megabytes: int, dedup: bool) -> Case:
+    text, output = folder / "text.txt", folder / "corpus"
+    write_text(text, megabytes, paragraphs=dedup)
     command = [sys.executable, "-m", "metro_ext.corpus", "build", str(text), "--tokenizer",
-               str(folder / "tokenizer.model"), "--output", str(output)]  # fmt: skip
-    start, peak = time.perf_counter(), 0
+               str(folder / "tokenizer.model"), "--output", str(output),
+               *(["--dedup"] if dedup else [])]  # fmt: skip
+    start, peak, most = time.perf_counter(), 0, {}
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
         while process.poll() is None:
-            peak = max(peak, sum(map(resident, family(process.pid))))
+            seen = {pid: resident(pid) for pid in family(process.pid)}
+            peak = max(peak, sum(now for now, _ in seen.values()))
+            most |= {pid: high for pid, (_, high) in seen.items() if high}
             time.sleep(0.05)
     seconds = time.perf_counter() - start
     if process.returncode:
         raise RuntimeError(f"corpus build ended with code {process.returncode}")
-    tokens = json.loads((output / "manifest.json").read_text())["tokens"]
-    rates = {"bytes_per_s": text.stat().st_size / seconds, "tokens_per_s": tokens / seconds}
+    made = json.loads((output / "manifest.json").read_text())
+    figures = {
+        "bytes_per_s": text.stat().st_size / seconds,
+        "tokens_per_s": made["tokens"] / seconds,
+        "high_water_mb": sum(most.values()) / 1e6,
+        "processes": len(most),
+        "tokens": made["tokens"],
+        "documents": made["documents"],
+    }
+    if dedup:
+        figures["duplicates"] = made["duplicates"]
     text.unlink()
-    return Case(f"corpus build {megabytes} MB", seconds, peak_mb=peak / 1e6, figures=rates)
+    name = f"corpus build {megabytes} MB" + (", a paragraph a document, --dedup" if dedup else "")
+    return Case(name, seconds, peak_mb=peak / 1e6, figures=figures)
 
 
 def batch_cases(folder: Path, corpus: Path) -> list[Case]:
@@ -227,7 +256,9 @@ def batch_cases(folder: Path, corpus: Path) -> list[Case]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python bench/data.py", description=__doc__)
     parser.add_argument("--megabytes", type=int, default=20, help="text of `encode` (20)")
-    parser.add_argument("--sizes", type=int, nargs=2, default=[1000, 3000], help="MB to build")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1000, 3000], help="MB to build")
+    parser.add_argument("--only-build", action="store_true", help="`corpus build` alone")
+    parser.add_argument("--dedup", action="store_true", help="drop duplicates among paragraphs")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="keep the vocabularies here")
     parser.add_argument("--output", metavar="FILE", help="write the JSON too, to bench/results")
@@ -241,11 +272,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         folder = options.folder or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
         make_vocabularies(folder)
-        cases = [encode_case(folder, options.megabytes, options.rounds)]
+        cases = []
+        if not options.only_build:
+            cases.append(encode_case(folder, options.megabytes, options.rounds))
         place = Path(scratch)
         (place / "tokenizer.model").write_bytes((folder / "tokenizer.model").read_bytes())
-        cases += [build_case(place, size) for size in options.sizes]
-        cases += batch_cases(folder, place / f"corpus-{options.sizes[-1]}")
+        for size in options.sizes:
+            shutil.rmtree(place / "corpus", ignore_errors=True)
+            cases.append(build_case(place, size, options.dedup))
+            print(table(cases[-1:]), file=sys.stderr, flush=True)  # the next one may take an hour
+        if not options.only_build:
+            cases += batch_cases(folder, place / "corpus")
         threads = len(os.sched_getaffinity(0))
         emit("data", cases, threads=threads, output=options.output)
 

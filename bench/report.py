@@ -345,6 +345,8 @@ def other_section(sources: Sequence[Source]) -> str:
         cases = source.record.get("cases")
         if not cases:
             parts.append(f"`{source.file}`")
+            if source.script == "faults":
+                parts.append(_faults_table(source.record))
             continue
         rows = [
             [case["name"], seconds_text(case["ours"]), _number(case["ratio"]), _figures(case)]
@@ -352,6 +354,18 @@ def other_section(sources: Sequence[Source]) -> str:
         ]
         parts += [_where(source), markdown(["case", "ours", "ratio", "figures"], rows, ["figures"])]
     return "\n\n".join(["## Further results", *parts]) if parts else ""
+
+
+def _faults_table(record: Record) -> str:
+    """What was tried, by the file that tries it: test_fuzz.py and fuzz_atheris.py feed inputs."""
+    rows = []
+    tried = [(row["test"].split("::")[0], row) for row in record.get("tried", [])]
+    for file in dict.fromkeys(file for file, _ in tried):
+        own = [row for name, row in tried if name == file]
+        survived = sum(row["outcome"] == "survived" for row in own)
+        inputs = sum(row.get("inputs", 0) for row in own)
+        rows.append([file, len(own), survived, f"{inputs:,}" if inputs else ""])
+    return markdown(["tried by", "faults or targets", "survived", "inputs"], rows)
 
 
 def _figures(case: Mapping[str, Any]) -> str:

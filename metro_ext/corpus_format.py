@@ -11,13 +11,15 @@ shard-00001.bin    length: little-endian uint16, or uint32 for more than 65536 i
 import dataclasses
 import hashlib
 import json
-import math
 import os
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from metro_ext.atomic import atomic_write
 from metro_ext.errors import UserError
+
+T = TypeVar("T")
 
 FORMAT = "metro-corpus"
 VERSION = 2
@@ -70,6 +72,16 @@ class Manifest:
     shards: tuple[Shard, ...]
     counts_sha256: str = ""
     duplicates: int | None = None
+
+
+def read_fields(kind: type[T], path: Path) -> T | None:
+    """A dataclass that was written as JSON; None: the file is not there, or damaged."""
+    try:
+        found = kind(**json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None
+    fields = dataclasses.fields(found)  # type: ignore[arg-type]
+    return found if all(type(getattr(found, f.name)) is f.type for f in fields) else None
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -136,8 +148,8 @@ def _manifest(body: dict[str, Any]) -> Manifest:
         manifest.vocab_size,
     ]
     counts += [shard.tokens for shard in shards]
-    if not all(type(count) is int and count > 0 for count in counts):
-        raise ValueError("a count is not a positive whole number")
+    if not all(type(count) is int and 0 < count < 1 << 63 for count in counts):
+        raise ValueError("a count is not a positive whole number of 63 bits")
     if manifest.duplicates is not None and not (
         type(manifest.duplicates) is int and manifest.duplicates >= 0
     ):
@@ -148,6 +160,7 @@ def _manifest(body: dict[str, Any]) -> Manifest:
         raise ValueError(f"dtype {manifest.dtype!r} does not go with {manifest.vocab_size} ids")
     if sum(shard.tokens for shard in shards) != manifest.tokens:
         raise ValueError("the shards' tokens do not add up")
-    if not math.isfinite(manifest.unigram_entropy_nats):
+    entropy = manifest.unigram_entropy_nats
+    if not (type(entropy) in (int, float) and abs(entropy) <= sys.float_info.max):
         raise ValueError("the unigram entropy is not finite")
     return manifest

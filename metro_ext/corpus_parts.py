@@ -24,7 +24,7 @@ from typing import IO
 import numpy as np
 
 from metro_ext.atomic import atomic_write, sha256_file
-from metro_ext.corpus_format import TOKEN_DTYPES, token_dtype_name
+from metro_ext.corpus_format import TOKEN_DTYPES, read_fields, token_dtype_name
 from metro_ext.corpus_plan import Plan
 from metro_ext.text_files import Paragraph, read_paragraphs
 from metro_ext.tokenizer import BOS_ID, EOS_ID
@@ -82,19 +82,26 @@ def part_path(folder: Path, unit: int, kind: str) -> Path:
 
 
 def read_record(folder: Path, unit: int) -> PartRecord:
+    """The record of a unit that `encode_unit` has made or found whole."""
     return PartRecord(**json.loads(part_path(folder, unit, "json").read_bytes()))
 
 
 def _finished(folder: Path, unit: int) -> PartRecord | None:
     """The record of a unit whose files are whole; its ids may have gone into shards already."""
+    record = read_fields(PartRecord, part_path(folder, unit, "json"))
+    if record is None:
+        return None
     try:
-        record = read_record(folder, unit)
         ids = part_path(folder, unit, "ids")
         if sha256_file(part_path(folder, unit, "docs")) != record.docs_sha256:
             return None
-        return record if not ids.exists() or sha256_file(ids) == record.ids_sha256 else None
-    except (OSError, ValueError, TypeError):
+        if ids.exists() and sha256_file(ids) != record.ids_sha256:
+            return None
+        counts = [(one.size, int(one["tokens"].sum())) for one, _ in documents_of(folder, unit)]
+    except OSError:
         return None
+    documents, tokens = (sum(column) for column in zip((0, 0), *counts, strict=True))
+    return record if (documents, tokens) == (record.documents, record.tokens) else None
 
 
 def _batches(paragraphs: Iterable[Paragraph]) -> Iterator[list[Paragraph]]:

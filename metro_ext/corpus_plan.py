@@ -144,6 +144,7 @@ def begin_or_resume(folder: Path, plan: Plan) -> bool:
             f"{folder} holds an unfinished build of other files (expected {len(before.files)}, "
             f"found {len(plan.files)}): name the same input to go on with it, or {remedy}"
         )
+    plan.write(folder)  # equal is not the same: 1.0 equals 1, and is no place in a file
     return True
 
 

@@ -9,7 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from metro_ext.atomic import atomic_write
-from metro_ext.corpus_format import TOKEN_DTYPES, Shard, shard_name, token_dtype_name
+from metro_ext.corpus_format import (
+    TOKEN_DTYPES,
+    Shard,
+    read_fields,
+    shard_name,
+    token_dtype_name,
+)
 from metro_ext.corpus_parts import kept_stretches, part_path
 from metro_ext.errors import UserError
 
@@ -59,8 +65,8 @@ def write_shard(task: ShardTask, parts: Path, corpus: Path, vocab_size: int) -> 
     dtype = np.dtype(TOKEN_DTYPES[token_dtype_name(vocab_size)])
     path = corpus / shard_name(task.index)
     record = parts / f"{path.name}.json"
-    if path.exists() and record.exists():
-        shard = Shard(**json.loads(record.read_bytes()))
+    shard = read_fields(Shard, record)
+    if path.exists() and shard is not None and shard.tokens == task.tokens:
         found, counts = _digest(_shard_blocks(path, dtype), vocab_size)
         if found == shard.sha256:
             _write_counts(parts, task.index, counts)
@@ -68,7 +74,8 @@ def write_shard(task: ShardTask, parts: Path, corpus: Path, vocab_size: int) -> 
     missing = [u for u, _, _ in task.sources if not part_path(parts, u, "ids").exists()]
     if missing:
         raise UserError(
-            f"{path}: damaged since it was written: remove the folder {parts.parent} to build anew"
+            f"{path if shard else record}: damaged since it was written: remove the folder "
+            f"{parts.parent} to build anew"
         )
     record.unlink(missing_ok=True)
     with atomic_write(path) as file:

@@ -12,7 +12,7 @@ from metro_ext.ops import _C
 def report() -> str:
     """Version, build, devices and kernels, a line each."""
     build = _C.build_info()
-    cuda = "no CUDA kernels (built without nvcc)"
+    cuda = "no CUDA kernels in this build"
     if build["cuda_version"]:
         cuda = (
             f"CUDA {build['cuda_version']} for {build['cuda_architectures']} "

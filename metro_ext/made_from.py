@@ -88,7 +88,7 @@ class MadeFrom:
                     if text.path == before["path"]:
                         return f"{text.path} has changed"
                     return f"the text was {before['path']} and is {text.path}"
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{path}: damaged ({error}): remove it and what it is of") from error
         return None
 

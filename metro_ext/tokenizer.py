@@ -56,14 +56,14 @@ class Tokenizer:
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             self._processor.LoadFromSerializedProto(model)
-            pieces = [self._processor.id_to_piece(i) for i in range(UNK_ID + 1)]
+            pieces = self._processor.id_to_piece(list(range(self._processor.vocab_size())))
         except (RuntimeError, IndexError, UnicodeDecodeError) as error:
             raise UserError("not a sentencepiece model: the bytes cannot be read as one") from error
         expected = [BOS_PIECE, PAD_PIECE, EOS_PIECE, UNK_PIECE]
-        if pieces != expected:
+        if pieces[: len(expected)] != expected:
             raise UserError(
                 f"the tokenizer's first ids must be {' '.join(expected)}, found "
-                f"{' '.join(pieces)}: train it with python -m metro_ext.tokenizer"
+                f"{' '.join(pieces[: len(expected)])}: train it with python -m metro_ext.tokenizer"
             )
         self.mask_id = self._processor.piece_to_id(MASK_PIECE)
         if not self._processor.is_control(self.mask_id):

@@ -21,8 +21,7 @@ they are in `Tokenizer.encode`.
 
 import base64
 import json
-import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +46,8 @@ FULLWIDTH_TILDE = "\uff5e"
 # Before and after every character beyond ASCII, and between the two that Unicode joins in ASCII.
 _BETWEEN = r"(?<=[^\x00-\x7F])(?=[\s\S])|(?=[^\x00-\x7F])|(?<=\r)(?=\n)"
 _BLOCK = 4096  # nodes of the character map that are looked at together
+# Sentencepiece's own map, nmt_nfkc_cf, has 264,228 of them and keys of at most 12 bytes.
+_MOST_NODES, _LONGEST_KEY = 1 << 22, 256
 NORMALIZER_SPEC, CHARACTER_MAP = 3, 2  # field numbers in sentencepiece_model.proto
 
 
@@ -61,7 +62,14 @@ def tokenizer_document(tokenizer: Tokenizer) -> dict:
     vocabulary = {processor.id_to_piece(i): i for i in range(size)}
     if len(vocabulary) != size:
         raise UserError("the tokenizer has two ids for one piece: train it with metro_ext")
-    character_map = message_fields(message_fields(tokenizer.model)[NORMALIZER_SPEC])[CHARACTER_MAP]
+    try:
+        normalizer = message_fields(message_fields(tokenizer.model)[NORMALIZER_SPEC])
+        character_map = normalizer[CHARACTER_MAP]
+        entries = dict(character_map_entries(character_map))
+    except (ValueError, LookupError) as error:
+        raise UserError(
+            "the tokenizer's character map cannot be read: train it with metro_ext"
+        ) from error
     special = (BOS_PIECE, PAD_PIECE, EOS_PIECE, UNK_PIECE, MASK_PIECE)
     return {
         "version": "1.0",
@@ -72,7 +80,7 @@ def tokenizer_document(tokenizer: Tokenizer) -> dict:
              "rstrip": False, "normalized": False, "special": True}
             for piece in sorted(special, key=vocabulary.__getitem__)
         ],
-        "normalizer": _normalizer(character_map),
+        "normalizer": _normalizer(character_map, entries),
         "pre_tokenizer": None,
         "post_processor": _post_processor(vocabulary),
         "decoder": {
@@ -121,8 +129,7 @@ def write_tokenizer_files(tokenizer: Tokenizer, folder: Path, length: int) -> No
     tokenizer.save(folder / TOKENIZER_FILE)
 
 
-def _normalizer(character_map: bytes) -> dict:
-    entries = dict(character_map_entries(character_map))
+def _normalizer(character_map: bytes, entries: Mapping[str, str]) -> dict:
     deleted = [key for key, value in entries.items() if not value]
     deleted_class = _class({key for key in deleted if len(key) == 1})
 
@@ -249,14 +256,21 @@ def character_map_entries(blob: bytes) -> Iterator[tuple[str, str]]:
 
     The blob is a darts-clone double array (its length in bytes first, little-endian) of the keys'
     UTF-8, whose values are offsets into the zero-terminated replacements that follow.
+
+    Raises:
+        ValueError, IndexError: it is damaged.
     """
-    (length,) = struct.unpack_from("<I", blob)
+    length = int.from_bytes(blob[:4], "little")
     units = np.frombuffer(blob, "<u4", length // 4, offset=4).astype(np.int64)
     offsets = (units >> 10) << ((units & 0x200) >> 6)
     texts, byte = blob[4 + length :], np.arange(1, 256)
     waiting = [(offsets[:1], [b""])]  # nodes and the keys that lead to them, block by block
+    nodes = 0
     while waiting:
         bases, keys = waiting.pop()
+        nodes += len(keys)
+        if nodes > _MOST_NODES or len(keys[0]) > _LONGEST_KEY:  # it goes round in circles
+            raise ValueError("a character map without an end")
         places = bases[:, None] ^ byte
         labels = units[np.minimum(places, len(units) - 1)] & 0x800000FF
         rows, columns = np.nonzero((labels == byte) & (places < len(units)))
@@ -273,30 +287,39 @@ def character_map_entries(blob: bytes) -> Iterator[tuple[str, str]]:
             waiting.append((bases[block], longer[block]))
 
 
-def message_fields(message: bytes) -> dict[int, Any]:
-    """The last value of each field of a protobuf message: bytes, or a whole number."""
+def message_fields(message: Any) -> dict[int, Any]:
+    """The last value of each field of a protobuf message: bytes, or a whole number.
+
+    Raises:
+        ValueError: it is not the bytes of a message.
+    """
     found: dict[int, bytes | int] = {}
     place = 0
 
     def varint() -> int:
         nonlocal place
-        value = shift = 0
-        while True:
+        value = 0
+        for shift in range(0, 70, 7):
             byte = message[place]
             place += 1
             value |= (byte & 0x7F) << shift
-            shift += 7
             if byte < 0x80:
                 return value
+        raise ValueError("a number of more than 64 bits")
 
-    while place < len(message):
-        field, wire = divmod(varint(), 8)
-        if wire == 0:
-            found[field] = varint()
-        elif wire == 2:
-            size = varint()
-            found[field] = message[place : place + size]
-            place += size
-        else:
-            place += {1: 8, 5: 4}[wire]
+    try:
+        while place < len(message):
+            field, wire = divmod(varint(), 8)
+            if wire == 0:
+                found[field] = varint()
+            elif wire == 2:
+                size = varint()
+                found[field] = message[place : place + size]
+                place += size
+            else:
+                place += {1: 8, 5: 4}[wire]
+    except (LookupError, TypeError) as error:
+        raise ValueError("not a protobuf message") from error
+    if place != len(message):
+        raise ValueError("a protobuf message that is cut")
     return found

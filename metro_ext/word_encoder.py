@@ -110,13 +110,19 @@ def splits_at_spaces(tokenizer: Tokenizer) -> bool:
     character map that replaces nothing with a space in it, and for no piece with a space after
     its first character. Models of `metro_ext.tokenizer` have all that.
     """
-    model = message_fields(tokenizer.model)
-    trainer, normalizer = (message_fields(model[n]) for n in (_TRAINER_SPEC, NORMALIZER_SPEC))
+    try:
+        model = message_fields(tokenizer.model)
+        trainer, normalizer = (
+            message_fields(model.get(n, b"")) for n in (_TRAINER_SPEC, NORMALIZER_SPEC)
+        )
+        map_keeps_spaces = not _replaces_spaces(normalizer.get(CHARACTER_MAP, b""))
+    except (ValueError, TypeError):  # nothing is known of a model that only sentencepiece can read
+        return False
     settings = [(trainer, f) for f in (_MODEL_TYPE, _SPACE_AS_SUFFIX)]
     settings += [(normalizer, f) for f in (_DUMMY_PREFIX, _FOLD_SPACES, _ESCAPE_SPACES)]
     if any(spec.get(number, default) != wanted for spec, (number, default, wanted) in settings):
         return False
-    if _replaces_spaces(normalizer.get(CHARACTER_MAP, b"")):
+    if not map_keeps_spaces:
         return False
     processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
     pieces = map(processor.id_to_piece, range(processor.vocab_size()))

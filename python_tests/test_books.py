@@ -23,3 +23,9 @@ def test_the_peak_is_that_of_the_process_itself():
 def test_a_process_that_fails_is_an_error():
     with pytest.raises(subprocess.CalledProcessError):
         books.call_with_peak("timeit", "-n1", "-r1", "raise SystemExit(3)")
+
+
+def test_waiting_for_data_is_a_share_of_all_intervals(tmp_path):
+    lines = ['{"seconds": 3.0, "data_wait": 0.02}', '{"seconds": 1.0, "data_wait": 0.0}']
+    (tmp_path / "timing.jsonl").write_text("\n".join(lines) + "\n")
+    assert books.data_wait(tmp_path) == pytest.approx(0.015)

@@ -227,6 +227,22 @@ def test_damaged_shards_are_made_again_or_named(texts, expected, tmp_path, monke
         build_corpus([texts], small_tokenizer(), out, SHARD, workers=1)
 
 
+RECORDS = ["parts/00003.json", "parts/shard-00000.bin.json"]
+
+
+@pytest.mark.parametrize("name", RECORDS)
+@pytest.mark.parametrize("content", [b"[" * 2000, b"3", b'{"tokens": 1}', None])
+def test_damaged_records_are_made_again(texts, expected, tmp_path, monkeypatch, name, content):
+    """None: a count that is no longer that of the files, their checksums as they were."""
+    out = tmp_path / "out"
+    stop(monkeypatch, texts, out, "write_shard", 1)
+    path = work_folder(out) / name
+    record = json.loads(path.read_bytes())
+    path.write_bytes(content or json.dumps(record | {"tokens": record["tokens"] + 1}).encode())
+    build_corpus([texts], small_tokenizer(), out, SHARD, workers=1)
+    assert same_files(out, expected)
+
+
 def test_changed_input_is_refused(tmp_path, monkeypatch):
     texts, out = tmp_path / "texts", tmp_path / "out"
     texts.mkdir()

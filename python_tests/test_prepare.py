@@ -188,9 +188,10 @@ def test_a_kill_between_record_and_text_leaves_no_false_record(start, monkeypatc
     assert start.words(start("b")).startswith(first_words(start.texts["b"]))
 
 
-def test_a_damaged_record(start):
+@pytest.mark.parametrize("content", ["{", "[" * 2000, '{"settings": 3, "texts": []}'])
+def test_a_damaged_record(start, content):
     start()
-    (start.run / ("tokenizer.model" + made_from.SUFFIX)).write_text("{")
+    (start.run / ("tokenizer.model" + made_from.SUFFIX)).write_text(content)
     with pytest.raises(UserError, match=r"tokenizer\.model\.made_from\.json: damaged"):
         start()
 

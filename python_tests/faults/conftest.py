@@ -1,11 +1,9 @@
 """The fault suite: --faults-json FILE writes a table of what was tried and what became of it."""
 
-import json
-import platform
 from pathlib import Path
 
 import pytest
-import torch
+from faults_table import update
 from fork_server import Server
 from training_runs import TINY
 
@@ -39,22 +37,8 @@ class Table:
             }
             if report.skipped:
                 self._rows[item.name]["reason"] = str(report.longrepr[2])
-            self._write()  # after every test: a run that is cut short has its table too
-
-    def _write(self) -> None:
-        document = {
-            "script": "faults",
-            "command": f"pytest python_tests/faults --faults-json {self._path.name}",
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "system": platform.platform(),
-        }
-        # What other commands measured (the sanitizers), and tests not run now, stay.
-        before = json.loads(self._path.read_text()) if self._path.exists() else {}
-        tried = {row["test"]: row for row in before.get("tried", [])}
-        tried |= {row["test"]: row for row in self._rows.values()}
-        document["tried"] = list(tried.values())
-        self._path.write_text(json.dumps(before | document, indent=1) + "\n")
+            # After every test: a run that is cut short has its table too.
+            update(self._path, self._rows.values())
 
 
 def pytest_configure(config: pytest.Config) -> None:

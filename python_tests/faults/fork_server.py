@@ -4,11 +4,12 @@ One import serves hundreds of runs. The server is a process of its own (`python 
 because a test process has long started threads, which do not survive a fork. It reads requests from
 stdin, one JSON object a line, and answers each on stdout:
 
-    {"do": "start", "argv": [...], "log": PATH, "fault": {...}}   -> {"pid": N}
+    {"do": "start", "argv": [...], "log": PATH, "fault": {...}, "environment": {...}}
+                                                                  -> {"pid": N}
     {"do": "wait", "pid": N, "seconds": S}                        -> {"code": N or null}
 
 A code is negative for the signal that ended the run; null: it still goes on. `fault` is what goes
-wrong in the run (see `FAULTS`).
+wrong in the run (see `FAULTS`), `environment` what a launcher would have set.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,13 @@ class Server:
         self._process.stdin.close()
         self._process.wait(60)
 
-    def start(self, argv: list[str], log: Path, **fault: Any) -> int:
+    def start(
+        self, argv: list[str], log: Path, environment: dict[str, str] | None = None, **fault: Any
+    ) -> int:
         """Begins `python -m metro_ext.train ARGV`; its process id. Output goes to `log`."""
         log.write_bytes(b"")  # a test that looks before the run has written finds no older output
-        return self._ask(do="start", argv=argv, log=str(log), fault=fault)["pid"]
+        request = {"argv": argv, "log": str(log), "environment": environment or {}}
+        return self._ask(do="start", **request, fault=fault)["pid"]
 
     def poll(self, pid: int) -> int | None:
         """The exit code; None while it runs."""
@@ -83,6 +87,10 @@ def _patched(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 def _spoil_loss(steps: list[int], value: str) -> None:
     """The loss of these training batches (by index) is multiplied by `value`."""
+    _change_loss(steps, lambda loss: loss * float(value))
+
+
+def _change_loss(steps: list[int], change: Callable[[Any], Any]) -> None:
     import torch
 
     from metro_ext import train_step
@@ -98,10 +106,26 @@ def _spoil_loss(steps: list[int], value: str) -> None:
     def spoiled(self, model, *arguments):
         out = call(self, model, *arguments)
         if torch.is_grad_enabled() and now.get("step") in steps:
-            object.__setattr__(out, "loss", out.loss * float(value))
+            object.__setattr__(out, "loss", change(out.loss))
         return out
 
     Objective.__call__, train_step.StepInputs.fill = spoiled, filled
+
+
+def _spoil_gradient(steps: list[int], value: str) -> None:
+    """The loss of these training batches keeps its value; its gradient is multiplied by `value`."""
+    import torch
+
+    class Spoil(torch.autograd.Function):
+        @staticmethod
+        def forward(_context, loss):
+            return loss.clone()
+
+        @staticmethod
+        def backward(_context, gradient):
+            return gradient * float(value)
+
+    _change_loss(steps, Spoil.apply)
 
 
 def _hang(step: int, where: str) -> None:
@@ -141,7 +165,10 @@ def _file_limit(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
-FAULTS = {"loss": _spoil_loss, "hang": _hang, "clock": _jumping_clock, "file_limit": _file_limit}
+FAULTS = {
+    "loss": _spoil_loss, "gradient": _spoil_gradient, "hang": _hang, "clock": _jumping_clock,
+    "file_limit": _file_limit,
+}  # fmt: skip
 
 
 def _child(request: dict) -> None:
@@ -149,6 +176,7 @@ def _child(request: dict) -> None:
     from metro_ext.train import main
 
     os.chdir(REPOSITORY)
+    os.environ |= request["environment"]
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     for descriptor in (1, 2):
         os.dup2(log, descriptor)

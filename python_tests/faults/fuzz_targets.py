@@ -1,13 +1,19 @@
 """What is fuzzed: for each name a function of a scratch folder that gives a target of fuzz.py."""
 
+import contextlib
 import json
+import os
 import random
+import shutil
+import unittest.mock
 from pathlib import Path
 
 import fuzz
+import sentencepiece
 import torch
 from corpora import make_corpus, small_tokenizer
 from fuzz_operators import operators
+from fuzz_tasks import blimp, json_tasks, squad, tsv_tasks
 from safetensors.torch import save
 
 from metro_ext import checkpoint, corpus_format, mpnet
@@ -15,13 +21,19 @@ from metro_ext.atomic import sha256_file
 from metro_ext.batches import BatchSource
 from metro_ext.config import from_dict, load_config, to_dict, to_toml
 from metro_ext.corpus import Corpus
-from metro_ext.evaluate.blimp import read_pairs
-from metro_ext.finetune.squad import read_answers, read_na_probabilities, read_predictions
-from metro_ext.finetune.squad_files import read_questions
-from metro_ext.finetune.tasks import TASKS
+from metro_ext.corpus_build import build_corpus, work_folder
+from metro_ext.made_from import MadeFrom, text_files
 from metro_ext.monitor import read_records
+from metro_ext.sample_text import sample_paths
 from metro_ext.text_files import read_paragraphs
-from metro_ext.tokenizer import Tokenizer
+from metro_ext.tokenizer import Tokenizer, train_tokenizer
+from metro_ext.tokenizer_json import (
+    CHARACTER_MAP,
+    NORMALIZER_SPEC,
+    message_fields,
+    tokenizer_document,
+)
+from metro_ext.word_encoder import WordEncoder
 
 
 def configuration(folder: Path) -> fuzz.Target:
@@ -127,6 +139,88 @@ def tokenizer(folder: Path) -> fuzz.Target:
     return fuzz.by_mutation(check, small_tokenizer(300).model)
 
 
+def tokenizer_tables(folder: Path) -> fuzz.Target:
+    """What is read out of a model besides: the character map, the merges, whether words split."""
+    good = _with_a_small_map(folder).model
+    path = folder / "t.model"
+    character_map = message_fields(message_fields(good)[NORMALIZER_SPEC])[CHARACTER_MAP]
+    begin = good.index(character_map)
+    end = begin + len(character_map)
+
+    def target(chance: random.Random) -> None:
+        if chance.random() < 0.5:  # of the same size, so that sentencepiece takes it
+            edited = fuzz.mutated(character_map, chance)
+            data = good[:begin] + edited[: end - begin].ljust(end - begin, b"\0") + good[end:]
+        else:
+            data = fuzz.mutated(good, chance)
+        fuzz.record(data)
+        path.write_bytes(data)
+        loaded = Tokenizer.load(path)
+        WordEncoder(loaded).encode(["One little girl", "\u2581 two  \u2460words"])
+        tokenizer_document(loaded)
+
+    return target
+
+
+def _with_a_small_map(folder: Path) -> Tokenizer:
+    """A tokenizer whose character map has a few keys: its own takes a second to read."""
+    rules = folder / "rules.tsv"
+    rules.write_text("41\t61\n41 301\t61 301\nC9\t65 301\n2460\t31\n2460 200D\t31\n200B\t\n")
+    train = sentencepiece.SentencePieceTrainer.train
+
+    def with_rules(**options) -> None:
+        del options["normalization_rule_name"]
+        train(**options, normalization_rule_tsv=str(rules))
+
+    with unittest.mock.patch("sentencepiece.SentencePieceTrainer.train", with_rules):
+        return train_tokenizer([sample_paths()[1]], 400)
+
+
+def build_files(folder: Path) -> fuzz.Target:
+    """What a killed build has left, taken up again."""
+    text, output = folder / "text.txt", folder / "corpus"
+    text.write_text("one little girl\n\nand her dog\n" * 9, encoding="utf-8")
+    rename = os.rename
+    with (
+        unittest.mock.patch("os.rename", side_effect=KeyboardInterrupt),
+        contextlib.suppress(KeyboardInterrupt),
+    ):
+        build_corpus([text], small_tokenizer(), output, workers=1, dedup=True, shard_tokens=50)
+    assert os.rename is rename
+    work = work_folder(output)
+    good = {path: path.read_bytes() for path in work.rglob("*") if path.is_file()}
+    names = [path for path, content in good.items() if content and path.name != "tokenizer.model"]
+
+    def target(chance: random.Random) -> None:
+        shutil.rmtree(output, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
+        for path, content in good.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        path = chance.choice(names)
+        data = fuzz.mutated(good[path], chance)
+        fuzz.record(path.name.encode() + b" " + data)
+        path.write_bytes(data)
+        build_corpus([text], small_tokenizer(), output, workers=1, dedup=True, shard_tokens=50)
+        _use(Corpus.open(output))
+        Corpus.open(output).verify()
+
+    return target
+
+
+def made_from(folder: Path) -> fuzz.Target:
+    path, text = folder / "record.json", folder / "text.txt"
+    text.write_text("some text\n", encoding="utf-8")
+    wanted = MadeFrom({"data.vocab_size": 300, "data.cased": False}, text_files([text]))
+    wanted.write(path)
+
+    def check(data: bytes) -> None:
+        path.write_bytes(data)
+        wanted.difference(path)
+
+    return fuzz.by_mutation(check, path.read_bytes())
+
+
 def checkpoint_state(folder: Path) -> fuzz.Target:
     return _checkpoint(folder, "state.json")
 
@@ -216,100 +310,11 @@ def texts(folder: Path) -> fuzz.Target:
     return target
 
 
-TSV_LABELS = {"cola": "1", "sts-b": "2.5", "mnli": "neutral", "qnli": "entailment",
-              "rte": "entailment"}  # fmt: skip
-
-
-def tsv_tasks(folder: Path) -> fuzz.Target:
-    seeds = {}
-    for name, task in TASKS.items():
-        if not str(task.train).endswith(".tsv"):
-            continue
-        first, second, label = task.columns
-        columns = ["index", *filter(None, (first, second)), label]
-        row = ["3", *["some words"] * (len(columns) - 2), TSV_LABELS.get(name, "1")]
-        if name == "cola":
-            columns, row = ["g", "1", "*", "Some words."], ["g", "0", "*", "Words."]
-        seeds[name] = "\n".join("\t".join(line) for line in (columns, row, row, row, "")).encode()
-    return _tasks(folder, seeds, "train.tsv")
-
-
-def json_tasks(folder: Path) -> fuzz.Target:
-    questions = [{"question": "q", "idx": 0, "answers": [{"text": "a", "idx": 0, "label": 1}]}]
-    rows = {
-        "boolq": {"question": "q", "passage": "p", "label": True, "idx": 0},
-        "cb": {"premise": "p", "hypothesis": "h", "label": "neutral", "idx": 0},
-        "copa": {"premise": "p", "choice1": "a", "choice2": "b", "question": "cause", "label": 0,
-                 "idx": 0},
-        "multirc": {"passage": {"text": "t", "questions": questions}, "idx": 0},
-        "wic": {"word": "w", "sentence1": "a w", "sentence2": "w b", "label": True, "idx": 0},
-        "wsc": {"text": "Tom saw it there", "label": True, "idx": 0,
-                "target": {"span1_text": "Tom", "span1_index": 0, "span2_text": "it",
-                           "span2_index": 2}},
-    }  # fmt: skip
-    seeds = {name: (json.dumps(row) + "\n").encode() * 3 for name, row in rows.items()}
-    return _tasks(folder, seeds, "train.jsonl")
-
-
-def _tasks(folder: Path, seeds: dict[str, bytes], file: str) -> fuzz.Target:
-    for name, seed in seeds.items():
-        (folder / TASKS[name].folder).mkdir(exist_ok=True)
-        (folder / TASKS[name].folder / file).write_bytes(seed)
-        TASKS[name].load(folder, file)  # the seed itself is right
-
-    def target(chance: random.Random) -> None:
-        name = chance.choice(list(seeds))
-        data = fuzz.mutated(seeds[name], chance)
-        fuzz.record(name.encode() + b" " + data)
-        (folder / TASKS[name].folder / file).write_bytes(data)
-        TASKS[name].load(folder, file)
-
-    return target
-
-
-def squad(folder: Path) -> fuzz.Target:
-    answers = [{"text": "girl", "answer_start": 11}]
-    questions = [
-        {"id": "q1", "question": "Who?", "answers": answers},
-        {"id": "q2", "question": "Where?", "answers": []},
-    ]
-    document = {"data": [{"paragraphs": [{"context": "one little girl", "qas": questions}]}]}
-    readers = {
-        "questions": (read_questions, json.dumps(document).encode()),
-        "answers": (read_answers, json.dumps(document).encode()),
-        "predictions": (read_predictions, b'{"q1": "girl", "q2": ""}'),
-        "na": (read_na_probabilities, b'{"q1": 0.25, "q2": 1}'),
-    }
-
-    def target(chance: random.Random) -> None:
-        name = chance.choice(list(readers))
-        read, seed = readers[name]
-        data = fuzz.mutated(seed, chance)
-        fuzz.record(name.encode() + b" " + data)
-        path = folder / "squad.json"
-        path.write_bytes(data)
-        read(path)
-
-    return target
-
-
-def blimp(folder: Path) -> fuzz.Target:
-    path = folder / "blimp.jsonl"
-    row = {"sentence_good": "A is.", "sentence_bad": "A are.", "field": "f", "UID": "u",
-           "linguistics_term": "t", "phenomenon": "p"}  # fmt: skip
-
-    def check(data: bytes) -> None:
-        path.write_bytes(data)
-        read_pairs(path)
-
-    return fuzz.by_mutation(check, (json.dumps(row) + "\n").encode() * 3)
-
-
 TARGETS = {
     target.__name__: target
     for target in (
-        configuration, command_line, manifest, signed_manifest, shards, tokenizer,
-        checkpoint_state, checkpoint_tensors, mpnet_checkpoint, records, texts, tsv_tasks,
-        json_tasks, squad, blimp, operators,
+        configuration, command_line, manifest, signed_manifest, shards, build_files, made_from,
+        tokenizer, tokenizer_tables, checkpoint_state, checkpoint_tensors, mpnet_checkpoint,
+        records, texts, tsv_tasks, json_tasks, squad, blimp, operators,
     )
 }  # fmt: skip

@@ -79,4 +79,4 @@ def test_nothing_to_replay(unbroken, capsys):
     """A run without faults: one sentence"""
     with pytest.raises(replay.UserError, match="expected the faults of a run"):
         replay.replay(unbroken)
-    assert set(FAULTS) == {"loss", "hang", "clock", "file_limit"}
+    assert set(FAULTS) == {"loss", "gradient", "hang", "clock", "file_limit"}
