@@ -8,7 +8,6 @@ cuda``; where there are none the tables say so.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,97 +18,13 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # for `python bench/r
 
 from bench.gpu_targets import VERDICTS, found_text
 from bench.harness import ABSENT, RESULTS, seconds_text
+from bench.result_files import Record, Source, markdown, number, place, read, where
 from bench.roofline import save_plot
 from metro_ext.atomic import atomic_write
 from metro_ext.command_line import run
-from metro_ext.errors import UserError
 
 NOT_YET = "not yet run on a GPU (`python bench/gpu_check.py` on a machine with one)"
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
-Record = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Source:
-    """A record and the file that it is of; those inside a gpu_check record carry its file."""
-
-    file: str
-    record: Record
-
-    @property
-    def script(self) -> str:
-        return self.record.get("script", "")
-
-    @property
-    def device(self) -> str:
-        return self.record.get("device", "cpu")
-
-
-def read(folder: Path) -> list[Source]:
-    """The records of a folder in the order of their files; those of a gpu_check's benchmarks too.
-
-    Raises:
-        UserError: there is none, or a file is not a JSON object.
-    """
-    sources = []
-    for path in sorted(folder.glob("*.json")):
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{path} is not JSON: {error}") from error
-        if not isinstance(record, dict):
-            raise UserError(f"{path}: expected a JSON object, found {type(record).__name__}")
-        sources.append(Source(path.name, record))
-        if sources[-1].script == "gpu_check":
-            sources += _nested(sources[-1])
-    if not sources:
-        raise UserError(f"{folder}: there are no results; write some with --output of a benchmark")
-    return sources
-
-
-def _nested(source: Source) -> list[Source]:
-    """The benchmarks of a GPU check; its families of operators become one record again."""
-    records = [stage["record"] for stage in source.record["stages"] if "record" in stage]
-    ops = [record for record in records if record["script"] == "ops"]
-    merged = []
-    if ops:
-        cases = [case for record in ops for case in record["cases"]]
-        merged = [ops[0] | {"cases": cases}]
-    nested = [*(r for r in records if r not in ops), *merged]
-    # A machine that got the tree without git knows its commit only from the check's command line.
-    commits = {"commit": source.record["commit"]}
-    return [Source(source.file, r | commits) for r in nested]
-
-
-def markdown(
-    header: Sequence[str], rows: Iterable[Sequence[object]], words: Sequence[str] = ()
-) -> str:
-    """A table; the first column and those named in ``words`` hold words, the others figures."""
-    rules = ["---" if i == 0 or name in words else "---:" for i, name in enumerate(header)]
-    lines = [list(header), rules]
-    lines += [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
-def _number(value: float | None, form: str = ".2f") -> str:
-    return "" if value is None else format(value, form)
-
-
-def _place(source: Source) -> str:
-    machine = source.record["machine"]
-    if source.device == "cuda":
-        return machine["gpu"]
-    preloaded = "".join(f", {w}" for w in machine.get("malloc", "").split() if ".so" in w)
-    return f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']}{preloaded}"
-
-
-def _where(source: Source) -> str:
-    """A line of what a record was measured on."""
-    machine = source.record["machine"]
-    return (
-        f"{_place(source)}; torch {machine['torch']}; commit {source.record['commit']}, "
-        f"{source.record['date'][:10]}; `{source.file}`"
-    )
 
 
 def _contenders(case: Mapping[str, Any]) -> list[tuple[str, float | str]]:
@@ -125,7 +40,7 @@ def step_section(sources: Sequence[Source]) -> str:
         if not found:
             parts.append(NOT_YET if device == "cuda" else "not yet run")
         for source in found:
-            parts.append(_where(source))
+            parts.append(where(source))
             for case in source.record["cases"]:
                 parts += [f"**{case['name']}**", _step_table(case)]
     return "\n\n".join(parts)
@@ -142,8 +57,8 @@ def _step_table(case: Mapping[str, Any]) -> str:
             continue
         ratio = "" if name == "ours" else f"{case['ratios'][name]:.2f}x"
         rows.append([
-            name, seconds_text(seconds), _number(tokens.get(name), ",.0f"),
-            _number(mfu.get(name), ".1%"), ratio, _number(peaks.get(name), ",.0f"),
+            name, seconds_text(seconds), number(tokens.get(name), ",.0f"),
+            number(mfu.get(name), ".1%"), ratio, number(peaks.get(name), ",.0f"),
         ])  # fmt: skip
     if case["floor_seconds"]:
         share = f"{case['floor_share']:.0%} reached"
@@ -182,13 +97,13 @@ def operators(sources: Sequence[Source]) -> list[Operators]:
     machines: dict[tuple[str, str], list[Source]] = {}
     for source in sources:
         if source.script == "ops":
-            machines.setdefault((source.device, _place(source)), []).append(source)
+            machines.setdefault((source.device, place(source)), []).append(source)
     groups, names = [], []
-    for (device, place), own in machines.items():
+    for (device, at), own in machines.items():
         names.append(DEVICES[device].lower())
         number = names.count(names[-1])
         suffix = "" if number == 1 else f"-{number}"
-        groups.append(Operators(place, f"roofline-{names[-1]}{suffix}.png", own))
+        groups.append(Operators(at, f"roofline-{names[-1]}{suffix}.png", own))
     return groups
 
 
@@ -206,7 +121,7 @@ def ops_section(groups: Sequence[Operators]) -> str:
                 ceilings = source.record["ceilings"].items()
                 rates = ", ".join(f"{name} {rate:,.0f}" for name, rate in ceilings)
                 parts += [
-                    f"{_where(source)}. Measured ceilings: {rates}",
+                    f"{where(source)}. Measured ceilings: {rates}",
                     _ops_table(source.record["cases"]),
                 ]
             parts.append(f"![Roofline and share of the floor]({group.plot})")
@@ -218,9 +133,9 @@ def _ops_table(cases: Iterable[Mapping[str, Any]]) -> str:
     for case in cases:
         figures = case["figures"]
         rows.append([
-            case["name"], seconds_text(case["ours"]), _number(case["floor_share"], ".0%"),
-            _number(figures.get("gb_per_s"), ",.0f"), _number(figures.get("gflop_per_s"), ",.0f"),
-            _number(case["peak_mb"], ",.0f"), _ratios(case),
+            case["name"], seconds_text(case["ours"]), number(case["floor_share"], ".0%"),
+            number(figures.get("gb_per_s"), ",.0f"), number(figures.get("gflop_per_s"), ",.0f"),
+            number(case["peak_mb"], ",.0f"), _ratios(case),
         ])  # fmt: skip
     header = ["case", "ours", "share of the floor", "GB/s", "GFLOP/s", "peak MB", "peers"]
     return markdown(header, rows, words=["peers"])
@@ -250,7 +165,7 @@ def gpu_section(sources: Sequence[Source]) -> str:
             f"{record['commit']}, {record['date'][:10]}; `{source.file}`"
         )
         rows = [
-            [stage["name"], stage["status"], _number(stage.get("seconds"), ".0f"), _finding(stage)]
+            [stage["name"], stage["status"], number(stage.get("seconds"), ".0f"), _finding(stage)]
             for stage in record["stages"]
         ]
         parts.append(markdown(["stage", "result", "seconds", "found"], rows, ["result", "found"]))
@@ -319,7 +234,7 @@ def growth_section(sources: Sequence[Source]) -> str:
         rows = []
         for axis, cases in axes.items():
             figures = cases[0]["figures"]
-            fits = [_number(figures[f"{key}_exponent"]) for key in
+            fits = [number(figures[f"{key}_exponent"]) for key in
                     ("time", "flops", "memory", "planned")]  # fmt: skip
             rows.append([
                 axis, "; ".join(str(case["figures"]["size"]) for case in cases),
@@ -329,7 +244,7 @@ def growth_section(sources: Sequence[Source]) -> str:
         header = ["axis", "sizes", "time", "its exponent", "that of FLOPs a thread", "peak MB",
                   "its exponent ", "that of the planned bytes"]  # fmt: skip
         plot = source.file.replace(".json", ".png")
-        parts += [_where(source), markdown(header, rows), f"![Time and memory by size]({plot})"]
+        parts += [where(source), markdown(header, rows), f"![Time and memory by size]({plot})"]
     title = "## Growth of a step with its size\n\nFits of size^exponent; memory beyond the least."
     return "\n\n".join([title, *parts]) if parts else ""
 
@@ -349,10 +264,10 @@ def other_section(sources: Sequence[Source]) -> str:
                 parts.append(_faults_table(source.record))
             continue
         rows = [
-            [case["name"], seconds_text(case["ours"]), _number(case["ratio"]), _figures(case)]
+            [case["name"], seconds_text(case["ours"]), number(case["ratio"]), _figures(case)]
             for case in cases
         ]
-        parts += [_where(source), markdown(["case", "ours", "ratio", "figures"], rows, ["figures"])]
+        parts += [where(source), markdown(["case", "ours", "ratio", "figures"], rows, ["figures"])]
     return "\n\n".join(["## Further results", *parts]) if parts else ""
 
 

@@ -15,6 +15,7 @@ _REMEDY = {
     errno.ENOSPC: "the disk is full: free some space and run the command again",
     errno.EFBIG: "the file is larger than a limit allows (ulimit -f): raise it and run again",
     errno.EDQUOT: "the disk quota is used up: free some space and run the command again",
+    errno.EMFILE: "too many files are open at once (ulimit -n): raise the limit and run again",
     errno.EACCES: "permission denied: check the rights of the file and of its folder",
     errno.EPERM: "not permitted: check the rights of the file and of its folder",
     errno.EROFS: "the file system is read-only: name a folder that can be written",

@@ -17,28 +17,37 @@ _REARM_SECONDS = 0.5
 
 
 class StopRequest:
-    """Context manager: SIGTERM, which schedulers send before SIGKILL, asks the run to end.
+    """Context manager: a signal asks the run to end.
 
-    asked: whether it came. The run saves after the step it is in and exits with code 0.
+    SIGTERM is what schedulers send before SIGKILL, SIGHUP what a terminal sends that is closed,
+    SIGINT is Ctrl-C; one that the process was started to ignore (``nohup``) stays ignored. A second
+    Ctrl-C interrupts at once.
+
+    asked: whether one came. The run saves after the step it is in and exits with code 0.
+    by: its name; SIGTERM too where another rank got it.
 
     Outside of the main thread, where Python handles no signals, it does nothing.
     """
 
     def __init__(self) -> None:
-        self.asked = False
-        self._before: Any = None
+        self.asked, self.by = False, signal.SIGTERM.name
+        self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._ask)
+            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._ask)
         return self
 
-    def _ask(self, _number: int, _frame: FrameType | None) -> None:
-        self.asked = True
+    def _ask(self, number: int, _frame: FrameType | None) -> None:
+        self.asked, self.by = True, signal.Signals(number).name
+        if number == signal.SIGINT:
+            signal.signal(number, self._before[signal.SIGINT])
 
     def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+        for number, before in self._before.items():
+            signal.signal(number, before)
 
 
 class Watchdog:

@@ -100,8 +100,12 @@ class _Step(nn.Module):
         self.model, self._objective = model, objective
 
     def forward(
-        self, tokens: Tensor, packing: Packing, denominators: Tensor | None
+        self, tokens: Tensor | None, packing: Packing | None, denominators: Tensor | None
     ) -> tuple[Tensor | None, ...]:
+        """Without a batch: the sum of all parameters, whose backward pass is that of all of them."""
+        if tokens is None or packing is None:
+            sums = [parameter.sum() for parameter in self.model.parameters()]
+            return (torch.stack(sums).sum(),)
         out = self._objective(self.model, tokens, packing, denominators)
         return tuple(vars(out).values())  # the engines look for tensors in tuples
 
@@ -118,6 +122,20 @@ class Replicated(Local):
             gradient_as_bucket_view=True,
         )
         self._step.register_comm_hook(world, _sum_bucket)
+        self._settle_buckets(world)
+
+    def _settle_buckets(self, world: World) -> None:
+        """Takes a backward pass for nothing, after the first of which DDP makes its buckets anew.
+
+        On three ranks and more the place in a bucket decides in which order a ring adds up: the
+        first step of a resumed run would differ in the last bits from the unbroken run's.
+        """
+        sent = world.traffic.sent
+        (everything,) = self._step(None, None, None)
+        everything.backward()
+        for parameter in self._step.parameters():
+            parameter.grad = None
+        world.traffic.sent = sent
 
     def run(
         self,

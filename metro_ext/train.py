@@ -49,7 +49,7 @@ def pretrain(
 ) -> dict[str, float | None]:
     """Runs, or resumes, a configuration to its end; returns the last evaluation's figures.
 
-    SIGTERM ends it after the current step with a checkpoint, and without figures. Every rank of
+    SIGTERM, SIGHUP or SIGINT ends it after the current step with a checkpoint, and without figures. Every rank of
     `world` must call it; rank 0 alone speaks, records and saves.
     """
     world = world or World()
@@ -69,7 +69,7 @@ def pretrain(
         stop = stack.enter_context(StopRequest())
         with monitor, trainer.saver:
             if not trainer.train(monitor, stop):
-                say(f"stopped after step {trainer.step}, as asked by SIGTERM, and saved; the same "
+                say(f"stopped after step {trainer.step}, as asked by {stop.by}, and saved; the same "
                     "command goes on")  # fmt: skip
                 return {}
         figures = trainer.evaluate()

@@ -206,7 +206,7 @@ class Trainer:
         elif reads:
             self._check_finite()
         # Several processes have to come to the same answer at the same step.
-        asked = stop.asked
+        asked = stop.asked and (reads or self.outer is None)  # outer steps alone can be saved
         if self.world.distributed:
             asked = reads and self.tally.stop.item() > 0
         if log_due:

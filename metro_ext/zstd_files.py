@@ -8,6 +8,7 @@ from typing import Any
 from metro_ext.errors import UserError
 
 _READ_BYTES = 1 << 14  # of compressed bytes at a time: bounds what one read can unfold to
+_LONGEST_WINDOW = 1 << 31  # what `zstd --long=31` uses; the library's own limit is 1 << 27
 
 
 def open_zstd(path: Path) -> io.RawIOBase:
@@ -57,7 +58,9 @@ class _ZstdStream(io.RawIOBase):
 
     def _unpack(self) -> None:
         if self._frame is None:
-            self._frame = self._zstandard.ZstdDecompressor().decompressobj()
+            self._frame = self._zstandard.ZstdDecompressor(
+                max_window_size=_LONGEST_WINDOW
+            ).decompressobj()
         try:
             self._unpacked = memoryview(self._frame.decompress(self._packed))
         except self._zstandard.ZstdError as error:

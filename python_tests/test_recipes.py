@@ -92,7 +92,7 @@ def test_scripts_start_the_trainer(name, tmp_path):
     show = '#!/bin/sh\nprintf "%s\\n" "$0" "$@"\n'
     for program, body in {
         "torchrun": show,
-        "srun": '#!/bin/sh\nshift\nexec "$@"\n',
+        "srun": '#!/bin/sh\n[ "$2" = --cpus-per-task=64 ] || exit 9\nshift 2\nexec "$@"\n',
         "scontrol": "#!/bin/sh\nprintf 'node1\\nnode2\\n'\n",
         "nvidia-smi": "#!/bin/sh\nprintf 'GPU 0\\nGPU 1\\n'\n",
         "python": f'#!/bin/sh\nexec {sys.executable} "$@"\n',
@@ -102,7 +102,8 @@ def test_scripts_start_the_trainer(name, tmp_path):
         file.chmod(file.stat().st_mode | stat.S_IXUSR)
     environment = os.environ | {
         "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
-        "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2", "SLURM_JOB_ID": "1234567",
+        "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2",
+        "SLURM_CPUS_PER_TASK": "64", "SLURM_JOB_ID": "1234567",
         "PYTHONPATH": str(FOLDER.parents[1]),  # the package under test, from any folder
     }  # fmt: skip
     done = subprocess.run(

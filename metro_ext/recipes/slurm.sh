@@ -20,7 +20,8 @@ recipes=$(python -m metro_ext.recipes)
 first_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
 # A job of its own port, so that two that share a node do not meet each other.
-srun --kill-on-bad-exit=1 torchrun \
+# The cores are named again: some releases of srun do not take them over from the job.
+srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" torchrun \
   --nnodes "$SLURM_NNODES" --nproc-per-node 8 --max-restarts 3 \
   --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d \
   --rdzv-endpoint "$first_node:$((20000 + SLURM_JOB_ID % 10000))" \

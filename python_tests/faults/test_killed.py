@@ -83,6 +83,20 @@ def test_sigterm_saves_and_exits_0(server, unbroken, text, tmp_path, log, record
     assert_same_bits(unbroken, folder)
 
 
+@pytest.mark.parametrize("name", ["SIGINT", "SIGHUP"])
+def test_a_closed_terminal_and_ctrl_c_save_too(server, text, tmp_path, log, name):
+    """Ctrl-C and SIGHUP save the step and exit with 0; resumed, the same command goes on"""
+    argv = ["--run", str(tmp_path / "run"), *SHORT, *text, "--run.checkpoint_interval=0"]
+    pid = server.start(argv, log)
+    while server.poll(pid) is None and " loss " not in log.read_text():
+        time.sleep(0.002)
+    kill(pid, signal.Signals[name])
+    assert server.wait(pid) == 0, log.read_text()
+    found = re.search(rf"stopped after step (\d+), as asked by {name}", log.read_text())
+    assert found is not None, log.read_text()
+    assert f"resuming after step {found[1]}" in server.run(argv, log)
+
+
 @pytest.mark.parametrize("where", ["step", "loader"])
 def test_a_hang_ends_with_all_stacks(server, text, tmp_path, log, where):
     """A step or the thread that makes batches waits for ever: all stacks, exit code 1, in 3 s"""
