@@ -48,7 +48,7 @@ RELAXED = [
 RUNS = {
     f"{name}-{rate}": [f"--optim.lr={rate}", *own]
     for name, own in (("ddp", []), ("relaxed", RELAXED))
-    for rate in ("2e-3", "4e-3", "8e-3")
+    for rate in ("4e-3", "6e-3", "8e-3")
 }
 WEIGHTS = {"mlm_loss": 1.0, "rtd_loss": 50.0, "clm_loss": 1.0}  # the defaults of [objective]
 SHOWN = ("weighted_loss", *WEIGHTS)
