@@ -245,7 +245,11 @@ class SyncConfig(_Section):
     )
     interval: int = _option(50, "relaxed: steps between two outer steps", minimum=1)
     warmup_steps: int = _option(50, "relaxed: first steps, synchronised like every-step", minimum=0)
-    wire: str = _option("fp32", "relaxed: what outer steps send", choices=("fp32", "bf16"))
+    wire: str = _option(
+        "fp32",
+        "relaxed: what outer steps send; what int8 and int4 round off is sent later",
+        choices=("fp32", "bf16", "int8", "int4"),
+    )
     lr: float = _option(0.7, "relaxed: learning rate of the outer steps", above=0.0)
     momentum: float = _option(
         0.9, "relaxed: Nesterov momentum of the outer steps", minimum=0.0, below=1.0

@@ -39,9 +39,9 @@ class AgreedError(UserError):
 class Traffic:
     """Bytes that a rank sends in collectives, counted as those of a ring.
 
-    On N ranks each sends (N - 1) / N of a buffer that is gathered or reduced to parts, and twice
-    that of one that is all-reduced (Patarasuk & Yuan, "Bandwidth optimal all-reduce algorithms for
-    clusters of workstations", 2009): no algorithm sends less.
+    On N ranks each sends (N - 1) / N of a buffer that is gathered, reduced to parts or made of a
+    part for each rank, and twice that of one that is all-reduced (Patarasuk & Yuan, "Bandwidth
+    optimal all-reduce algorithms for clusters of workstations", 2009): no algorithm sends less.
     """
 
     sent: int = 0
@@ -51,7 +51,7 @@ class Traffic:
         self.sent += 2 * size * (ranks - 1) // ranks
 
     def part(self, size: int, ranks: int) -> None:
-        """Counts an all-gather into, or a reduce-scatter of, a buffer of `size` bytes."""
+        """Counts an all-gather into, a reduce-scatter or an all-to-all of `size` bytes."""
         self.sent += size * (ranks - 1) // ranks
 
 
@@ -113,6 +113,15 @@ class World:
         dist.all_gather(everyone, values.contiguous(), group=self.group)
         self.traffic.part(self.size * values.nbytes, self.size)
         return torch.stack(everyone)
+
+    def exchange(self, parts: Tensor) -> Tensor:
+        """Of a tensor [size, ...] its part r goes to rank r; the parts that came, by rank."""
+        if not self.distributed:
+            return parts
+        found = torch.empty_like(parts)
+        dist.all_to_all_single(found, parts.contiguous(), group=self.group)
+        self.traffic.part(parts.nbytes, self.size)
+        return found
 
     def together(self, action: Callable[[], T]) -> T:
         """Runs `action` on every rank; a user's mistake on any rank is raised on all of them.

@@ -17,7 +17,7 @@ from metro_ext.command_line import run
 from metro_ext.config import load_config
 from metro_ext.config_schema import Config
 from metro_ext.errors import UserError
-from metro_ext.plan_memory import Layout, Memory, peak_memory
+from metro_ext.plan_memory import Layout, Memory, peak_memory, saved_bytes
 from metro_ext.plan_time import (
     ASSUMPTIONS,
     GPUS,
@@ -25,6 +25,7 @@ from metro_ext.plan_time import (
     StepTime,
     exchange_rate,
     executed_flops,
+    outer_bytes,
     step_time,
     usable_memory,
 )
@@ -68,11 +69,16 @@ def layouts(config: Config, gpus: int) -> Iterator[Layout]:
             f"(run.tokens_per_batch x run.accumulation / model.sequence_length), found {gpus}"
         )
     own = sequences // gpus
-    for engine in ENGINES:
+    for engine in _engines(config):
         for recompute in RECOMPUTE:
             for micro in range(1, own + 1):
                 if own % micro == 0:
                     yield Layout(engine, gpus, recompute, micro, own // micro)
+
+
+def _engines(config: Config) -> tuple[str, ...]:
+    """Ranks that train apart have no weights in common to shard."""
+    return ENGINES[:1] if config.sync.mode == "relaxed" else ENGINES
 
 
 def plans(config: Config, gpus: int, gpu: Gpu) -> list[Plan]:
@@ -80,7 +86,8 @@ def plans(config: Config, gpus: int, gpu: Gpu) -> list[Plan]:
     found = []
     for layout in layouts(config, gpus):
         settings = config.model, config.objective, config.run.precision, layout
-        found.append(Plan(layout, peak_memory(*settings), step_time(*settings, gpu)))
+        memory = peak_memory(*settings, sync=config.sync)
+        found.append(Plan(layout, memory, step_time(*settings, gpu, config.sync)))
     return sorted(found, key=lambda plan: (plan.time.total, plan.memory.total))
 
 
@@ -147,7 +154,7 @@ def _table(config: Config, fitting: list[Plan], found: list[Plan], total: float)
         "GiB a GPU  recompute  micro-batch  weights  gradients  optimizer  activations   head  "
         "total   step s  Mtokens/s    days"
     ]
-    for engine in ENGINES:
+    for engine in _engines(config):
         plan = next((plan for plan in fitting if plan.layout.engine == engine), None)
         fits = plan is not None
         if plan is None:
@@ -174,7 +181,8 @@ def _detail(config: Config, plan: Plan, total: float, gpu: Gpu) -> list[str]:
     tokens = layout.sequences * config.model.sequence_length
     executed = executed_flops(config.model, config.objective, tokens, layout.recompute)
     executed_rate = sum(executed.values()) / tokens * rate / layout.gpus
-    return [
+    host = saved_bytes(config.model, config.objective, layout, config.sync)
+    lines = [
         f"  step {time.total:.3f} s: compute {time.compute:.3f}, exchange not hidden "
         f"{time.exposed:.3f}, optimizer {time.optimizer:.3f}",
         f"  {rate:.0f} tokens/s ({rate / layout.gpus:.0f} a GPU), model FLOPs utilisation "
@@ -182,6 +190,17 @@ def _detail(config: Config, plan: Plan, total: float, gpu: Gpu) -> list[str]:
         f"  {total / rate / SECONDS_A_DAY:.1f} days, "
         f"{total / rate / SECONDS_A_DAY * 24 * layout.gpus:.0f} GPU hours",
     ]
+    if config.run.async_save:
+        lines.append(f"  host memory for saves in the background {_gib(host)} a GPU")
+    if config.sync.mode == "relaxed":
+        sync = config.sync
+        sent = outer_bytes(config.model, config.objective, layout.gpus, sync.wire)
+        every_step = outer_bytes(config.model, config.objective, layout.gpus, "fp32")
+        lines.append(
+            f"  relaxed synchronisation in {sync.wire}: a GPU sends {sent / 1e9:.3g} GB every "
+            f"{sync.interval} steps (ddp: {every_step / 1e9:.3g} GB every step)"
+        )
+    return lines
 
 
 def _rate(config: Config, plan: Plan) -> float:

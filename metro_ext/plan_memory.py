@@ -12,9 +12,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from metro_ext.config_schema import ModelConfig, ObjectiveConfig
+from metro_ext.config_schema import ModelConfig, ObjectiveConfig, SyncConfig
 from metro_ext.objective import mask_count
 from metro_ext.presets import parameter_count
+from metro_ext.wire import BITS
 
 FP32, INT64 = 4, 8
 # Of the vocabulary head's logits a chunk of rows at a time is held: vocab_head_op.cpp.
@@ -24,6 +25,7 @@ MOST_CHUNKS = 16
 SAMPLE_TILE = 256
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
 ADAM_MOMENTS = 2  # float32 each, of every parameter
+OUTER_COPIES = 2  # float32 each: the anchor and its momentum, of relaxed synchronisation
 # fully_shard gathers the next layer while one computes, and frees the last one after it.
 GATHERED_LAYERS = 2
 
@@ -75,15 +77,43 @@ def recomputed_layers(layers: int, policy: str) -> int:
     return {"none": 0, "norms": 0, "alternate": math.ceil(layers / 2), "all": layers}[policy]
 
 
+def outer_copies(sync: SyncConfig | None) -> int:
+    """Float32 copies of the weights that relaxed synchronisation holds; 0 without it.
+
+    Anchor and momentum, and with a wire that rounds what it has yet to send.
+    """
+    if sync is None or sync.mode != "relaxed":
+        return 0
+    return OUTER_COPIES + (sync.wire in BITS)
+
+
+def saved_bytes(
+    model: ModelConfig, objective: ObjectiveConfig, layout: Layout, sync: SyncConfig | None = None
+) -> float:
+    """Host memory for the copy of a GPU's part that a save in the background is written from.
+
+    Weights, AdamW's moments and, of relaxed ranks, all but the anchor.
+    """
+    whole = FP32 * parameter_count(model, objective).total
+    if layout.engine != "ddp":
+        return (1 + ADAM_MOMENTS) * whole / layout.gpus
+    return (1 + ADAM_MOMENTS + max(0, outer_copies(sync) - 1)) * whole
+
+
 def peak_memory(
     model: ModelConfig,
     objective: ObjectiveConfig,
     precision: str,
     layout: Layout,
     device: str = "cuda",
+    sync: SyncConfig | None = None,
 ) -> Memory:
-    """Peak bytes on one GPU; `precision` is ``run.precision``, `device` ``cuda`` or ``cpu``."""
-    states = _states(model, objective, layout)
+    """Peak bytes on one GPU; `precision` is ``run.precision``, `device` ``cuda`` or ``cpu``.
+
+    What an outer step of `sync` needs for a moment, when a step's activations are gone, is left
+    out; with a wire that rounds it is two float32 copies of the weights.
+    """
+    states = _states(model, objective, layout, sync)
     phases = _phases(model, objective, precision, layout, device)
     found = [
         Memory(states.weights, gradients, states.optimizer, activations, head)
@@ -104,11 +134,13 @@ class _States:
     late: float
 
 
-def _states(model: ModelConfig, objective: ObjectiveConfig, layout: Layout) -> _States:
+def _states(
+    model: ModelConfig, objective: ObjectiveConfig, layout: Layout, sync: SyncConfig | None
+) -> _States:
     count = parameter_count(model, objective)
     whole = FP32 * count.total
     if layout.engine == "ddp":
-        return _States(whole, ADAM_MOMENTS * whole, whole, whole)
+        return _States(whole, (ADAM_MOMENTS + outer_copies(sync)) * whole, whole, whole)
     layer = FP32 * layer_parameters(model, objective)
     layers = model.layers + (model.aux_layers if count.aux else 0)
     root = whole - layers * layer  # embeddings, heads: gathered for the whole of a step

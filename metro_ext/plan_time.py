@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from metro_ext.config_schema import ModelConfig, ObjectiveConfig
+from metro_ext.config_schema import ModelConfig, ObjectiveConfig, SyncConfig
 from metro_ext.objective import mask_count
 from metro_ext.plan_memory import ELEMENT_BYTES, FP32, Layout, layer_parameters, recomputed_layers
 from metro_ext.presets import parameter_count
+from metro_ext.wire import value_bytes
 
 
 @dataclass(frozen=True)
@@ -145,14 +146,32 @@ def executed_flops(
     }
 
 
+def outer_bytes(model: ModelConfig, objective: ObjectiveConfig, gpus: int, wire: str) -> float:
+    """What a GPU sends in an outer step of relaxed synchronisation: a reduction and a gather."""
+    count = parameter_count(model, objective).total
+    return 2 * value_bytes(wire) * count * (gpus - 1) / gpus
+
+
 def step_time(
-    model: ModelConfig, objective: ObjectiveConfig, precision: str, layout: Layout, gpu: Gpu
+    model: ModelConfig,
+    objective: ObjectiveConfig,
+    precision: str,
+    layout: Layout,
+    gpu: Gpu,
+    sync: SyncConfig | None = None,
 ) -> StepTime:
-    """The step of a layout; `precision` is ``run.precision``."""
+    """The step of a layout; `precision` is ``run.precision``.
+
+    Of relaxed synchronisation a step has its share of an outer one, which nothing hides.
+    """
     count = parameter_count(model, objective).total
     micro = _micro_batch(model, objective, precision, layout, gpu)
     compute = layout.accumulation * micro
-    exposed = _exposed(model, objective, precision, layout, gpu, micro)
+    if sync is not None and sync.mode == "relaxed":
+        sent = outer_bytes(model, objective, layout.gpus, sync.wire) / sync.interval
+        exposed = sent / exchange_rate(layout.gpus, gpu)
+    else:
+        exposed = _exposed(model, objective, precision, layout, gpu, micro)
     # Norm and clipping read and write gradients (12 bytes a parameter); Adam reads weight,
     # gradient and moments and writes all but the gradient (28).
     own = count if layout.engine == "ddp" else count / layout.gpus

@@ -7,7 +7,8 @@ a gradient of their common weights, the anchor θ (DiLoCo, arXiv 2311.08105, alg
     Δ = mean over ranks of (θ - w)      v ← μ v + Δ      θ ← θ - η (Δ + μ v)      w ← θ
 
 that is Nesterov's momentum as ``torch.optim.SGD`` has it. AdamW's moments stay with their rank.
-What the ranks have moved may be sent in bfloat16 (``sync.wire``); weights and v stay float32.
+What the ranks have moved may be sent in fewer bits (``sync.wire``, see `metro_ext.wire`); weights
+and v stay float32.
 
 From Pier (arXiv 2511.17849) come two additions. *Momentum warm-up*: the first
 ``sync.warmup_steps`` are synchronised at every step, and v gathers from the weights' course
@@ -19,19 +20,17 @@ ours.
 Every rank's micro-batches are those that it has without relaxing, but each step's loss is divided
 by the rank's own counts. What comes out depends on the number of ranks by nature. At an outer step,
 and in the warm-up, all ranks hold the anchor, and only there a run is evaluated and saved: weights
-and v once, AdamW's moments of every rank. So a resumed run needs as many ranks as it was saved on,
-and is then the unbroken one bit for bit.
+and v once, of every rank AdamW's moments and what it has yet to send. So a resumed run needs as
+many ranks as it was saved on, and is then the unbroken one bit for bit.
 """
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from metro_ext.config_schema import Config, SyncConfig
-from metro_ext.distributed import World
+from metro_ext.distributed import AgreedError, World
 from metro_ext.errors import UserError
-
-WIRE = {"fp32": torch.float32, "bf16": torch.bfloat16}
+from metro_ext.wire import wire
 
 
 def check(config: Config) -> None:
@@ -70,6 +69,7 @@ class OuterOptimizer:
         self.parameters = {name: value.detach() for name, value in parameters.items()}
         self.anchor = {name: value.clone() for name, value in self.parameters.items()}
         self.velocity = {name: torch.zeros_like(value) for name, value in self.parameters.items()}
+        self._wire = wire(config.wire, self.parameters, world)
 
     def exchanged(self, step: int) -> bool:
         """Whether the gradients of step `step` (from 1) are summed over the ranks."""
@@ -88,7 +88,11 @@ class OuterOptimizer:
 
     @torch.no_grad()
     def step(self, step: int) -> None:
-        """The outer step after step `step`: a collective, unless that step was exchanged."""
+        """The outer step after step `step`: a collective, unless that step was exchanged.
+
+        Raises:
+            AgreedError: a weight of a rank is not finite; on every rank alike.
+        """
         momentum = self.momentum(step)
         if self.exchanged(step):  # all ranks have the same weights: nothing is sent
             for name, value in self.parameters.items():
@@ -97,7 +101,9 @@ class OuterOptimizer:
             return
         for name, value in self.parameters.items():
             torch.sub(self.anchor[name], value, out=value)
-        self._sum(list(self.parameters.values()))
+        if self.world.distributed:
+            self._wire.sum(list(self.parameters.values()))
+        self._check_finite(step)
         for name, value in self.parameters.items():
             delta, velocity, anchor = (
                 value.div_(self.world.size),
@@ -108,20 +114,26 @@ class OuterOptimizer:
             anchor.sub_(delta.add_(velocity, alpha=momentum), alpha=self.config.lr)
             value.copy_(anchor)
 
-    def _sum(self, values: list[Tensor]) -> None:
-        """Sums every tensor over the ranks, in place; all are on their way at once."""
-        if not self.world.distributed:
+    def _check_finite(self, step: int) -> None:
+        """Of the summed deltas, the same on every rank."""
+        sums = torch.stack([value.sum() for value in self.parameters.values()])
+        if sums.isfinite().all():
             return
-        sent = [value.to(WIRE[self.config.wire]) for value in values]
-        under_way = [dist.all_reduce(value, async_op=True) for value in sent]
-        for value, whole, work in zip(values, sent, under_way, strict=True):
-            work.wait()
-            self.world.traffic.all_reduce(whole.nbytes, self.world.size)
-            value.copy_(whole)
+        names = [n for n, value in self.parameters.items() if not value.isfinite().all()]
+        if names:  # else a sum alone was too large
+            raise AgreedError(
+                f"the outer step after step {step}: expected finite weights on every rank, found "
+                f"others in {names[0]}; try a lower optim.lr or sync.lr, or a longer warm-up, in a "
+                "new run"
+            )
 
     def tensors(self) -> dict[str, Tensor]:
         """The state at an outer step, by parameter: v alone, as the anchor is the weights."""
         return self.velocity
+
+    def own_tensors(self) -> dict[str, Tensor]:
+        """What each rank has of its own: what it has yet to send, where `sync.wire` rounds."""
+        return self._wire.tensors()
 
     @torch.no_grad()
     def restart(self) -> None:

@@ -100,6 +100,8 @@ class TrainingState:
         if self._outer is not None:
             for name, value in self._outer.tensors().items():
                 yield f"outer.{name}", name, value
+            for name, value in self._outer.own_tensors().items():
+                yield f"{self._own}outer.{name}", name, value
 
     def _interval(self) -> Iterator[tuple[str, Tensor]]:
         for name, value in self._tally.tensors().items():

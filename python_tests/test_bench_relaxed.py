@@ -30,11 +30,13 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_cases_compare_with_ddp(folder):
-    (ddp, *_, other), curves = relaxed.cases(folder)
+    found, curves = relaxed.cases(folder)
+    ddp, other = found[0], found[list(curves).index("relaxed-2e-3")]
     assert ddp.ours == other.ours == 5.5 and list(curves) == list(relaxed.RUNS)
     assert ddp.figures["weighted_loss"] == pytest.approx(4.0 + 50 * 0.3 + 5.0)
     assert other.figures["mlm_loss_over_ddp-2e-3"] == pytest.approx(4.3 / 4.0)
     assert other.figures["mlm_loss_over_ddp-4e-3"] == pytest.approx(4.3 / 4.1)
+    assert other.figures["weighted_loss_over_best_ddp"] == pytest.approx(24.3 / 24.0)
     assert other.figures["ddp_bytes_over_these"] == 25.0
     assert [point["step"] for point in other.figures["curve"]] == [250, relaxed.STEPS]
     assert relaxed.plot(curves).startswith(b"\x89PNG")

@@ -22,7 +22,7 @@ LAYERS = [
     {"corpus_build"},
     {"corpus"},
     {"batches", "prepare"},
-    {"objective", "optim", "mpnet", "products", "shard_exchange", "text_encoder", "hf"},
+    {"objective", "optim", "mpnet", "products", "shard_exchange", "text_encoder", "hf", "wire"},
     {"sentence_files"},
     {"held_out", "pretrained", "onnx_export", "parallel", "plan_memory", "relaxed"},
     {"tally", "same_run"},

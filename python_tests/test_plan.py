@@ -12,8 +12,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from training_runs import ENVIRONMENT
 
 from metro_ext.config import load_config
-from metro_ext.config_schema import OBJECTIVES, ModelConfig, ObjectiveConfig, OptimConfig
-from metro_ext.distributed import connect, disconnect
+from metro_ext.config_schema import (
+    OBJECTIVES,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    SyncConfig,
+)
+from metro_ext.distributed import Traffic, World, connect, disconnect
 from metro_ext.errors import UserError
 from metro_ext.model import Packing, PretrainingModel
 from metro_ext.objective import Objective
@@ -21,9 +27,19 @@ from metro_ext.ops.linear import WIDENS_BFLOAT16
 from metro_ext.optim import AdamW
 from metro_ext.parallel import engine, recompute_layers
 from metro_ext.plan import main, plans, report, sized
-from metro_ext.plan_memory import Layout, layer_parameters, peak_memory
-from metro_ext.plan_time import ASSUMPTIONS, GPUS, executed_flops, step_time, usable_memory
+from metro_ext.plan_memory import Layout, layer_parameters, peak_memory, saved_bytes
+from metro_ext.plan_time import (
+    ASSUMPTIONS,
+    GPUS,
+    exchange_rate,
+    executed_flops,
+    outer_bytes,
+    step_time,
+    usable_memory,
+)
 from metro_ext.presets import PRESETS, flops_per_token, parameter_count
+from metro_ext.relaxed import OuterOptimizer
+from metro_ext.wire import BITS, BLOCK, encoded_bytes
 
 SHAPES = {
     "activations": ModelConfig(
@@ -180,6 +196,45 @@ def test_states_are_those_of_a_real_optimizer(name):
     assert (planned.weights, planned.gradients, planned.optimizer) == (weights, weights, moments)
 
 
+@pytest.mark.parametrize("wire", ["bf16", "int4"])
+def test_relaxed_states_and_bytes_are_those_of_a_real_outer_optimizer(wire):
+    model, config = SHAPES["weights"], ObjectiveConfig()
+    network = PretrainingModel(model, "metro", 1)
+    sync = SyncConfig(mode="relaxed", interval=5, wire=wire)
+    outer = OuterOptimizer(dict(network.named_parameters()), sync, 100, World())
+    own = list(outer.own_tensors().values())
+    tensors = [*outer.anchor.values(), *outer.velocity.values(), *own]
+    layout = Layout("ddp", 4, "none", 1, 1)
+    apart, close = (peak_memory(model, config, "fp32", layout, sync=s) for s in (sync, None))
+    added = sum(t.nbytes for t in tensors)  # the last block may be filled up
+    assert 0 <= added - (apart.optimizer - close.optimizer) < 4 * BLOCK
+    saved = [saved_bytes(model, config, layout, s) for s in (sync, None)]
+    staged = sum(t.nbytes for t in (*outer.tensors().values(), *own))
+    assert 0 <= staged - (saved[0] - saved[1]) < 4 * BLOCK
+    count = parameter_count(model, config).total
+    traffic = Traffic()
+    if own:  # a rank's chunks to the others, and the sum of one to all
+        size = encoded_bytes(4 * -(-count // (4 * BLOCK)) * BLOCK, BITS[wire])
+        traffic.part(size, 4)
+        traffic.part(size, 4)
+    else:
+        traffic.all_reduce(2 * count, 4)
+    assert outer_bytes(model, config, 4, wire) == pytest.approx(traffic.sent, rel=1e-3)
+
+
+def test_relaxed_plans_have_whole_weights_and_hide_nothing():
+    options = ["--sync=relaxed", "--sync.interval=5", "--sync.wire=int8"]
+    config = sized(load_config(options, preset="base"))
+    found = plans(config, 16, GPUS["h100"])
+    assert {plan.layout.engine for plan in found} == {"ddp"}
+    sent = outer_bytes(config.model, config.objective, 16, "int8")
+    for plan in found:
+        assert plan.time.exposed == sent / 5 / exchange_rate(16, GPUS["h100"])
+    said = report(config, 16, "h100")
+    assert f"in int8: a GPU sends {sent / 1e9:.3g} GB every 5 steps" in said
+    assert "zero1" not in said.split("assumptions")[0]
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_parameters_are_those_of_the_real_model(preset, name):
@@ -266,6 +321,9 @@ def test_sharding_divides_states_and_keeps_whole_gradients_while_accumulating():
     )
     assert one.optimizer == pytest.approx(whole.optimizer / 64)
     assert one.weights < whole.weights / 4
+    host = [saved_bytes(*settings[:2], Layout(engine, 64, "none", 1, 1)) for engine in
+            ("ddp", "fsdp2")]  # fmt: skip
+    assert host == pytest.approx([1.5 * whole.optimizer, 1.5 * one.optimizer])
     assert one.gradients < whole.gradients / 4
     assert many.gradients == pytest.approx(whole.gradients)
 
@@ -312,6 +370,7 @@ def test_report_names_every_assumption_and_options_that_load(capsys):
     assert config.run.tokens_per_batch * config.run.accumulation == 2048 * 512
     assert config.run.accumulation % 8 == 0
     assert "for 1e+09 tokens" in said
+    assert "host memory for saves in the background" in said
 
 
 def test_wrong_use_is_told():

@@ -18,6 +18,7 @@ from metro_ext.objective import FIGURES, Objective, mask_count
 from metro_ext.optim import AdamW, learning_rate
 from metro_ext.prepare import prepare
 from metro_ext.relaxed import OuterOptimizer, check
+from metro_ext.wire import BLOCK, encoded_bytes
 
 RANKS, STEPS, INTERVAL, WARMUP = 2, 12, 4, 3
 RELAXED = [
@@ -32,6 +33,14 @@ def relaxed(text, tmp_path_factory) -> Path:
     """12 steps of 2 ranks, with outer steps after 3 (the warm-up), 4, 8 and 12."""
     folder = tmp_path_factory.mktemp("relaxed") / "run"
     train_on(RANKS, folder, *RELAXED, *text)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rounded(text, tmp_path_factory) -> Path:
+    """The same in four bits."""
+    folder = tmp_path_factory.mktemp("rounded") / "run"
+    train_on(RANKS, folder, *RELAXED, "--sync.wire=int4", *text)
     return folder
 
 
@@ -134,30 +143,47 @@ def test_ranks_give_the_weights_of_simulated_workers(relaxed):
     assert not torch.equal(found[f"rank.0.{name}"], found[f"rank.1.{name}"])
 
 
-def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(relaxed, text, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(relaxed, folder)
+@pytest.mark.parametrize("kind", ["relaxed", "rounded"])
+def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(kind, request, text, tmp_path):
+    unbroken, folder = request.getfixturevalue(kind), tmp_path / "run"
+    shutil.copytree(unbroken, folder)
     for step in (8, 12):
         shutil.rmtree(folder / "checkpoints" / f"step-{step:08d}")
-    train_on(RANKS, folder, *RELAXED, *text)
-    left, right = (load_checkpoint(f / "checkpoints").tensors for f in (relaxed, folder))
+    wire = "--sync.wire=fp32" if kind == "relaxed" else "--sync.wire=int4"
+    train_on(RANKS, folder, *RELAXED, wire, *text)
+    left, right = (load_checkpoint(f / "checkpoints").tensors for f in (unbroken, folder))
     assert left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
     for name in ("metrics.jsonl", "evaluation.jsonl"):
-        assert (relaxed / name).read_bytes() == (folder / name).read_bytes()
+        assert (unbroken / name).read_bytes() == (folder / name).read_bytes()
 
 
-def test_bytes_are_those_of_the_exchanges(relaxed):
+def test_what_is_yet_to_be_sent_is_saved_with_each_rank(relaxed, rounded):
+    exact, found = (load_checkpoint(f / "checkpoints").tensors for f in (relaxed, rounded))
+    keys = [f"rank.{rank}.outer.residual" for rank in range(RANKS)]
+    assert found.keys() - exact.keys() == set(keys)
+    one, other = (found[key] for key in keys)
+    assert one.any() and other.any() and not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("kind, bits", [("relaxed", 32), ("rounded", 4)])
+def test_bytes_are_those_of_the_exchanges(kind, bits, request):
     """Two ranks: a ring sends each buffer's size once for a sum, half of it for a gather."""
-    found = load_checkpoint(relaxed / "checkpoints").tensors
+    folder = request.getfixturevalue(kind)
+    found = load_checkpoint(folder / "checkpoints").tensors
     weights = sum(4 * value.numel() for key, value in found.items() if key.startswith("model."))
+    outer = weights
+    if bits == 4:  # half of the vector to the other rank, and the sum of half of it back
+        residual = found["rank.0.outer.residual"]
+        assert weights / 4 <= residual.numel() < weights / 4 + RANKS * BLOCK
+        outer = encoded_bytes(residual.numel(), bits)
     # Sums of the loss and the figures, three norms, two counts of faults, whether one is to stop.
     counts, figures, failures = 3 * 8, (1 + len(FIGURES) + 3 + 2 + 1) * 8, 5 * 8 * RANKS // 2
     # Gradients of the warm-up, the next step's counts but for its last; figures at every line.
     expected = WARMUP * weights + (WARMUP - 1) * counts + STEPS * (figures + failures)
-    expected += 3 * weights  # outer steps 4, 8 and 12
-    assert records(relaxed)[-1]["sent_bytes"] == expected
-    assert records(relaxed, "evaluation.jsonl")[-1]["sent_bytes"] == expected
-    per_step = [r["sent_bytes_per_step"] for r in records(relaxed)]
+    expected += 3 * outer  # outer steps 4, 8 and 12
+    assert records(folder)[-1]["sent_bytes"] == expected
+    assert records(folder, "evaluation.jsonl")[-1]["sent_bytes"] == expected
+    per_step = [r["sent_bytes_per_step"] for r in records(folder)]
     assert sum(per_step) == expected and per_step[5] == figures + failures
 
 
@@ -196,6 +222,15 @@ def test_an_outer_step_is_torchs_nesterov(momentum):
         sgd.step()
         for name, value in own.items():
             torch.testing.assert_close(value, theirs[name].detach())
+
+
+@pytest.mark.parametrize("wire", ["fp32", "int4"])
+def test_weights_that_are_not_finite_are_told(wire):
+    own = parameters()
+    outer = OuterOptimizer(own, SyncConfig(interval=2, warmup_steps=0, wire=wire), 100, World())
+    own["b"][3, 1] = float("inf")
+    with pytest.raises(UserError, match=r"outer step after step 2: expected finite .* in b; try"):
+        outer.step(2)
 
 
 def test_the_warm_up_gathers_momentum_and_moves_nothing():
