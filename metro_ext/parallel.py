@@ -102,7 +102,7 @@ class _Step(nn.Module):
     def forward(
         self, tokens: Tensor | None, packing: Packing | None, denominators: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        """Without a batch: the sum of all parameters, whose backward pass is that of all of them."""
+        """Without a batch: the sum of all parameters, so that its backward pass is of them all."""
         if tokens is None or packing is None:
             sums = [parameter.sum() for parameter in self.model.parameters()]
             return (torch.stack(sums).sum(),)

@@ -3,8 +3,9 @@
 A formula for every tensor that the model keeps for its backward pass (the operators' and autograd
 functions' saved tensors), and for the largest that come and go while it runs. The peak is the
 largest of a few phases of the backward pass. Gradients are counted whole in each of them, as they
-are from a step's second micro-batch on and, in DDP's buckets, always; in the sharded engines they
-are whole only where a step has several micro-batches on a GPU.
+are from a step's second micro-batch on and, in DDP's buckets, always; those of a backward pass that
+is not synchronised stand beside the buckets. In the sharded engines they are whole only where a
+step has several micro-batches on a GPU.
 """
 
 from __future__ import annotations
@@ -140,7 +141,10 @@ def _states(
     count = parameter_count(model, objective)
     whole = FP32 * count.total
     if layout.engine == "ddp":
-        return _States(whole, (ADAM_MOMENTS + outer_copies(sync)) * whole, whole, whole)
+        copies = outer_copies(sync)
+        apart = layout.gpus > 1 and (layout.accumulation > 1 or copies > 0)
+        gradients = 2 * whole if apart else whole
+        return _States(whole, (ADAM_MOMENTS + copies) * whole, gradients, gradients)
     layer = FP32 * layer_parameters(model, objective)
     layers = model.layers + (model.aux_layers if count.aux else 0)
     root = whole - layers * layer  # embeddings, heads: gathered for the whole of a step

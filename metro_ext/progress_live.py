@@ -153,7 +153,9 @@ class Panelled:
     def picture(self) -> RenderableType:
         """The panel as it stands."""
         parts = [self._bar(), Text(), self._figures(), Text(), self._footer()]
-        return Panel(Group(*parts), title=Text(self._title), title_align="left", border_style="cyan")
+        return Panel(
+            Group(*parts), title=Text(self._title), title_align="left", border_style="cyan"
+        )
 
     def _bar(self) -> RenderableType:
         table = Table.grid(padding=(0, 2), expand=True)

@@ -49,8 +49,8 @@ def pretrain(
 ) -> dict[str, float | None]:
     """Runs, or resumes, a configuration to its end; returns the last evaluation's figures.
 
-    SIGTERM, SIGHUP or SIGINT ends it after the current step with a checkpoint, and without figures. Every rank of
-    `world` must call it; rank 0 alone speaks, records and saves.
+    SIGTERM, SIGHUP or SIGINT ends it after the current step with a checkpoint, and without figures.
+    Every rank of `world` must call it; rank 0 alone speaks, records and saves.
     """
     world = world or World()
     if not world.is_first:
@@ -69,8 +69,8 @@ def pretrain(
         stop = stack.enter_context(StopRequest())
         with monitor, trainer.saver:
             if not trainer.train(monitor, stop):
-                say(f"stopped after step {trainer.step}, as asked by {stop.by}, and saved; the same "
-                    "command goes on")  # fmt: skip
+                say(f"stopped after step {trainer.step}, as asked by {stop.by}, and saved; the "
+                    "same command goes on")  # fmt: skip
                 return {}
         figures = trainer.evaluate()
         if world.is_first:
