@@ -31,11 +31,11 @@ def folder(tmp_path, monkeypatch):
 
 def test_cases_compare_with_ddp(folder):
     found, curves = relaxed.cases(folder)
-    ddp, other = found[0], found[list(curves).index("relaxed-2e-3")]
+    ddp, other = found[0], found[list(curves).index("relaxed-4e-3")]
     assert ddp.ours == other.ours == 5.5 and list(curves) == list(relaxed.RUNS)
     assert ddp.figures["weighted_loss"] == pytest.approx(4.0 + 50 * 0.3 + 5.0)
-    assert other.figures["mlm_loss_over_ddp-2e-3"] == pytest.approx(4.3 / 4.0)
-    assert other.figures["mlm_loss_over_ddp-4e-3"] == pytest.approx(4.3 / 4.1)
+    assert other.figures["mlm_loss_over_ddp-4e-3"] == pytest.approx(4.3 / 4.0)
+    assert other.figures["mlm_loss_over_ddp-6e-3"] == pytest.approx(4.3 / 4.1)
     assert other.figures["weighted_loss_over_best_ddp"] == pytest.approx(24.3 / 24.0)
     assert other.figures["ddp_bytes_over_these"] == 25.0
     assert [point["step"] for point in other.figures["curve"]] == [250, relaxed.STEPS]
@@ -43,7 +43,7 @@ def test_cases_compare_with_ddp(folder):
 
 
 def test_a_run_that_broke_off_goes_on(folder):
-    records = (folder / "ddp-2e-3" / "evaluation.jsonl").read_text().splitlines()
-    (folder / "ddp-2e-3" / "evaluation.jsonl").write_text(records[0] + "\n")
+    records = (folder / "ddp-4e-3" / "evaluation.jsonl").read_text().splitlines()
+    (folder / "ddp-4e-3" / "evaluation.jsonl").write_text(records[0] + "\n")
     with pytest.raises(pytest.fail.Exception, match="trained again"):
         relaxed.cases(folder)

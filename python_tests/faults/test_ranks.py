@@ -124,7 +124,8 @@ def test_sigterm_to_the_launcher(whole, text, tmp_path, record_property):
         command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     try:
-        while launcher.poll() is None and not (folder / "metrics.jsonl").exists():
+        metrics = folder / "metrics.jsonl"  # opened a moment before the run listens for signals
+        while launcher.poll() is None and not (metrics.exists() and metrics.stat().st_size):
             time.sleep(0.002)
         launcher.send_signal(signal.SIGTERM)
         out, _ = launcher.communicate(timeout=LONGEST_SECONDS)
